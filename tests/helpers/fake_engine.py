@@ -22,6 +22,8 @@ from moefit.engine.invariance import Invariance
 from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.reuse import Coverage
 from moefit.engine.prefix.store import DiskStats
+from moefit.engine.speculation.drafts import SpeculationStats
+from moefit.engine.speculation.requests import SpeculationCoverage
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
 from moefit.serve.model import ServedModel
 
@@ -58,6 +60,7 @@ class FakeEngine:
         self.steps_fail = False
         self.invariance = Invariance(not_covered=())
         self.prefix_coverage = Coverage(active=True)
+        self.speculation_coverage = SpeculationCoverage(active=True, reason="by ngram")
         self.cached_tokens = 0
 
     def start(self) -> None:
@@ -110,6 +113,9 @@ class FakeEngine:
             steps=3, runner="fake",
             prefix_files=DiskStats(files=3, bytes=300, limit=1000, read=64, written=192),
             prefixes=PrefixStats(tokens=160, shared=32, queries=1000, hits=750, evicted=64),
+            speculation=SpeculationStats(
+                drafts=10, drafted=40, accepted=30, accepted_at=(10, 9, 6, 5), plain_steps=2
+            ),
         )  # fmt: skip
 
     def between_steps(self, change: Callable[[], Any]) -> Any:

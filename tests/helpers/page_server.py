@@ -81,6 +81,8 @@ class Pretender:
             "kv_tokens_used": 610 * self.running, "blocks": blocks,
             "prefix_cache": {"active": True, "reason": "", "tokens": 1600, "bytes": 9 * MIB,
                              "shared": 32, "queries": 4000, "hits": 3000, "evicted": 64},
+            "speculation": {"active": True, "reason": "by ngram", "drafts": 300, "drafted": 1200,
+                            "accepted": 900, "plain_steps": 40},
             "requests": {"running": self.running, "waiting": 0},
             "tokens_per_second": 31 + 8 * math.sin(self.hits / 300) + self.chance.random(),
             "latency": {"ttft_p50": 0.082 + self.chance.random() / 90, "ttft_p99": 0.31,

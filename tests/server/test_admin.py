@@ -251,6 +251,15 @@ def test_metrics_have_vllm_names(running, served) -> None:
     state = client.get(URL).json()["prefix_cache"]
     assert state["active"] and state["hits"] == 750 and state["disk"]["written"] == 192
     assert state["bytes"] == report["budget"]["kv_cache"] * 160 // 2048
+    assert found["moefit:spec_decode_num_drafts_total"] == 10
+    assert found["moefit:spec_decode_num_draft_tokens_total"] == 40
+    assert found["moefit:spec_decode_num_accepted_tokens_total"] == 30
+    assert found["moefit:spec_decode_num_accepted_tokens_per_pos_total 1"] == 9
+    assert found["moefit:spec_decode_num_plain_steps_total"] == 2
+    assert client.get(URL).json()["speculation"] == {
+        "active": True, "reason": "by ngram", "drafts": 10, "drafted": 40, "accepted": 30,
+        "plain_steps": 2,
+    }  # fmt: skip
     assert found["moefit:request_success_total length"] == 1
     assert found["moefit:time_to_first_token_seconds_count"] == 1
     assert found["moefit:inter_token_latency_seconds_count"] == 4

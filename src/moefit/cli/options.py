@@ -63,6 +63,13 @@ class PrefetchName(StrEnum):
     off = "off"
 
 
+class SpeculateName(StrEnum):
+    """Where drafts of several tokens come from."""
+
+    off = "off"
+    ngram = "ngram"
+
+
 class Following(StrEnum):
     """Whether generation_config.json is followed."""
 
@@ -115,6 +122,13 @@ ForConcurrency = Annotated[
 Bound = Annotated[
     float | None,
     advanced(f"{BOUND} Default: {Policy().bound}.", min=0, max=1),
+]
+Speculate = Annotated[
+    SpeculateName,
+    advanced(
+        "Verify several tokens a step where that is faster; answers stay the same. ngram: drafts "
+        "are what followed the last tokens where they occurred before."
+    ),
 ]
 InferenceRule = Annotated[
     str | None, advanced("Inference rule of a DS-MoE, such as top_k:4. Default: the model's own.")

@@ -20,6 +20,8 @@ from moefit.cli.options import (
     Following,
     GenerationConfig,
     ServingOptions,
+    Speculate,
+    SpeculateName,
     expand_options,
 )
 from moefit.cli.planned import PlanProcess
@@ -27,6 +29,7 @@ from moefit.device import planned_device
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.disk import BUFFERS_BYTES
+from moefit.engine.speculation.drafts import LOOKUP_BYTES
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.loading import REFERENCE
 from moefit.host import available_bytes, is_loopback, process_bytes
@@ -156,6 +159,7 @@ class ServerOptions:
     prefix_cache_disk: Annotated[
         str | None, advanced("Maximum size of that folder. Default: 8GiB.")
     ] = None
+    speculate: Speculate = SpeculateName.off
     warm_start: Annotated[
         bool | None,
         advanced(
@@ -224,6 +228,7 @@ class ServerOptions:
             prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache.value,
             prefix_folder=None if folder is None else folder.expanduser(),
             prefix_disk_bytes=parse_bytes(size or "8GiB"),
+            speculate=self.speculate.value,
         )
 
     def follow(self, options: ServingOptions) -> FollowSettings:
@@ -387,9 +392,11 @@ def _loaded(
     following: str,
 ) -> tuple[ServedModel, Plan | None]:
     """Load the model, with memory for the logits of requests that run at once."""
-    how = {**shared_steps(settings.max_concurrency), "generation_config": following}
+    how = {**shared_steps(settings.logit_rows), "generation_config": following}
     if settings.prefix_folder is not None:
         how["helpers"] += BUFFERS_BYTES
+    if settings.speculate != "off":
+        how["helpers"] += LOOKUP_BYTES * options.context
     if options.has_plan:
         return load_planned(model, options, **how)
     return load_served(model, options, **how), None
@@ -405,7 +412,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         device=str(engine.served.model.device),
         process=engine.served.budget.process,
         target=plan.target,
-        concurrency=engine.settings.max_concurrency,
+        concurrency=engine.settings.logit_rows,
         dtype=plan.dtype,
         dense_precision=plan.configuration.dense_precision,
         lengths=plan.lengths,
@@ -428,6 +435,8 @@ def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float
     )
     say(engine.invariance.describe())
     say(engine.prefix_coverage.describe())
+    if limits.speculate != "off":
+        say(engine.speculation_coverage.describe())
     if (files := engine.stats().prefix_files) is not None:
         say(
             f"prefixes survive a restart in {engine.settings.prefix_folder}: "

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.store import DiskStats
+from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS, SpeculateSetting, SpeculationStats
 from moefit.engine.structured.grammar import Grammar
 from moefit.errors import ConfigError
 
@@ -35,6 +36,7 @@ class EngineStats:
         runner: "packed" (variable-length batches) or "separate" (one request at a time).
         prefixes: Keys and values that requests may reuse; None if each has a cache of its own.
         prefix_files: Those in files; None without a folder.
+        speculation: Drafted tokens; None where nothing is ever drafted.
     """
 
     running: int
@@ -48,6 +50,7 @@ class EngineStats:
     runner: str
     prefixes: PrefixStats | None = None
     prefix_files: DiskStats | None = None
+    speculation: SpeculationStats | None = None
 
 
 class TokenRate:
@@ -102,6 +105,8 @@ class EngineSettings:
             are the same bits as without), "on" (where it is possible) or "off".
         prefix_folder: Folder in which they survive a restart, if any.
         prefix_disk_bytes: Size of its files at most.
+        speculate: Where drafts of several tokens come from that a step verifies at once: "ngram"
+            (what followed the last tokens where they occurred before in the request) or "off".
     """
 
     max_concurrency: int = 16
@@ -112,17 +117,26 @@ class EngineSettings:
     prefix_cache: ReuseSetting = "auto"
     prefix_folder: Path | None = None
     prefix_disk_bytes: int = 8 << 30
+    speculate: SpeculateSetting = "off"
+
+    @property
+    def logit_rows(self) -> int:
+        """How many tokens of a step may have logits, besides those of prompts."""
+        return self.max_concurrency + (MAX_STEP_DRAFTS if self.speculate != "off" else 0)
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""
         if self.prefix_cache not in get_args(ReuseSetting):
             known = ", ".join(get_args(ReuseSetting))
             raise ConfigError(f"prefix_cache={self.prefix_cache!r} is not one of {known}")
+        if self.speculate not in get_args(SpeculateSetting):
+            known = ", ".join(get_args(SpeculateSetting))
+            raise ConfigError(f"speculate={self.speculate!r} is not one of {known}")
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "max_model_len":
                 continue
-            if field.name in ("deterministic", "prefix_cache", "prefix_folder"):
+            if field.name in ("deterministic", "prefix_cache", "prefix_folder", "speculate"):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{field.name}={value!r}: must be a whole number, 1 or more")

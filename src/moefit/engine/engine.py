@@ -7,7 +7,7 @@ applied between two steps.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
@@ -32,8 +32,10 @@ from moefit.engine.prefix.requests import RequestPrefixes
 from moefit.engine.prefix.reuse import Coverage
 from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
-from moefit.engine.sampler import Choice, Failure, sample
+from moefit.engine.sampler import Choice, Failure, sample_drafts
 from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
+from moefit.engine.speculation.drafts import Drafter
+from moefit.engine.speculation.requests import Speculation, SpeculationCoverage, drafter_of
 from moefit.errors import RefusedError
 from moefit.serve.config import Mode, Policy
 from moefit.serve.memory.budget import MemoryBudget
@@ -89,9 +91,19 @@ class Engine:
     Args:
         served: Model to serve, loaded with `moefit.load`.
         settings: Limits on concurrency, request length and prompt chunks; the defaults if None.
+        drafter: Where drafts come from; None follows `settings.speculate`.
+
+    Attributes:
+        speculation: Which drafts steps verify.
     """
 
-    def __init__(self, served: ServedModel, settings: EngineSettings | None = None):
+    def __init__(
+        self,
+        served: ServedModel,
+        settings: EngineSettings | None = None,
+        *,
+        drafter: Drafter | None = None,
+    ):
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
         context = served.budget.context or self.settings.max_model_len or _DEFAULT_CONTEXT
@@ -116,6 +128,8 @@ class Engine:
             self.settings,
             self.between_steps,
         )
+        drafter = drafter or drafter_of(self.settings.speculate)
+        self.speculation = Speculation(served, drafter, packed=self._runner.packs)
         self._cancelled: set[str] = set()
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
@@ -155,6 +169,11 @@ class Engine:
     def prefix_coverage(self) -> Coverage:
         """Whether requests reuse keys and values of earlier ones, in the mode in force."""
         return self._prefixes.coverage(self.invariance)
+
+    @property
+    def speculation_coverage(self) -> SpeculationCoverage:
+        """Whether steps verify drafted tokens, in the mode in force."""
+        return self.speculation.coverage(self.invariance)
 
     @property
     def steps_fail(self) -> bool:
@@ -283,6 +302,7 @@ class Engine:
                 runner=self._runner.name,
                 prefixes=prefixes,
                 prefix_files=prefix_files,
+                speculation=self.speculation.stats(),
             )
 
     def check(self) -> None:
@@ -356,18 +376,22 @@ class Engine:
     def _begin(self, state: RequestState) -> None:
         """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
+        self.speculation.open(state.name)
         self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
         states = [self._requests[chunk.request] for chunk in scheduled]
-        inputs = [state.runner_input(chunk) for state, chunk in zip(states, scheduled, strict=True)]
+        began, drafts = monotonic(), self._drafts(scheduled, states)
+        inputs = [
+            state.runner_input(chunk, drafts.get(state.name, ()))
+            for state, chunk in zip(states, scheduled, strict=True)
+        ]
         try:
             with torch.inference_mode():
-                logits_NV = self._runner.step(inputs)
-                self._process_logits(
-                    scheduled, states, logits_NV.split([one.num_logits for one in inputs])
-                )
+                rows = self._runner.step(inputs).split([one.num_logits for one in inputs])
+                self._process_logits(scheduled, states, rows, drafts)
+            self.speculation.stepped(sum(len(one.tokens) for one in inputs), monotonic() - began)
             self._failed_steps = (0, 0.0)
         except BaseException as error:  # noqa: BLE001 - any error in a model's code or files
             self._failed_steps = (self._failed_steps[0] + 1, monotonic())
@@ -375,11 +399,24 @@ class Engine:
             for chunk in scheduled:
                 self._finish(chunk.request, "error", _error_text(error))
 
+    def _drafts(
+        self, scheduled: Sequence[ScheduledTokens], states: Sequence[RequestState]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return what the step verifies besides its tokens, for requests that decode."""
+        decoding = {
+            state.name: (state.tokens, state.drafts_at_most)
+            for state, chunk in zip(states, scheduled, strict=True)
+            if chunk.start >= len(state.prompt)
+        }
+        tokens = sum(chunk.stop - chunk.start for chunk in scheduled)
+        return self.speculation.propose(decoding, tokens, self.invariance) if decoding else {}
+
     def _process_logits(
         self,
         scheduled: Sequence[ScheduledTokens],
         states: Sequence[RequestState],
         rows: Sequence[Tensor],
+        drafts: Mapping[str, Sequence[int]],
     ) -> None:
         """Report prompt progress and append sampled tokens to requests without further input."""
         self._record_progress(scheduled, states)
@@ -388,17 +425,34 @@ class Engine:
             if chunk.start < len(state.prompt):
                 self._isolated(state, lambda: state.on_prompt_chunk(chunk, rows_NV))  # noqa: B023 - called here
             if chunk.last and not state.finished:
-                sampled.append((state, rows_NV[-1:]))
+                needed = 1 + len(drafts.get(state.name, ()))
+                sampled.append((state, rows_NV[-needed:]))
         if not sampled:
             return
         logits_NV = torch.cat([row for _, row in sampled]) if len(sampled) > 1 else sampled[0][1]
-        chosen = sample(logits_NV, [state.sampler for state, _ in sampled])
+        chosen = sample_drafts(
+            logits_NV, [(state.sampler, drafts.get(state.name, ())) for state, _ in sampled]
+        )
+        for (state, _), run in zip(sampled, chosen, strict=True):
+            draft = drafts.get(state.name, ())
+            self._isolated(state, lambda: self._append(state, run, draft))  # noqa: B023 - called here
+
+    def _append(
+        self, state: RequestState, run: Sequence[Choice | Failure], draft: Sequence[int]
+    ) -> None:
+        """Append what was sampled for a request in this step, up to where it ends."""
+        tokens = [one[0] for one in run if not isinstance(one, Exception)]
+        self.speculation.observe(state.name, tokens, len(draft))
         with self._changed:
-            self._rate.add(len(sampled))
-            for state, _ in sampled:
-                self._scheduler.append_token(state.name)
-        for (state, _), choice in zip(sampled, chosen, strict=True):
-            self._isolated(state, lambda: _append_token(state, choice))  # noqa: B023 - called here
+            self._scheduler.append_tokens(state.name, len(run))
+            if len(run) > 1:
+                self._prefixes.accept(state, draft[: len(run) - 1])
+        for choice in run:
+            if state.finished:  # such as by a text that stops
+                return
+            with self._changed:
+                self._rate.add(1)
+            _append_token(state, choice)
 
     def _isolated(self, state: RequestState, act: Callable[[], None]) -> None:
         """Run a function for one request; an error finishes that request only."""
@@ -434,6 +488,7 @@ class Engine:
                 return
             running = name in self._scheduler.running
             self._scheduler.remove(name)
+            self.speculation.close(name)
             self._changed.notify_all()
             if running:
                 self._release(state)

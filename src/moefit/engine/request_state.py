@@ -108,13 +108,26 @@ class RequestState:
         """Record the time at which the request was admitted."""
         self._queue_seconds = monotonic() - self._arrival
 
-    def runner_input(self, chunk: ScheduledTokens) -> RunnerInput:
-        """Return a chunk's tokens and the number of logits it needs."""
+    @property
+    def drafts_at_most(self) -> int:
+        """Tokens that may be generated after the next one."""
+        return max(0, self.sampling.max_tokens - self.num_generated - 1)
+
+    def runner_input(self, chunk: ScheduledTokens, draft: Sequence[int] = ()) -> RunnerInput:
+        """Return a chunk's tokens, with those drafted after it, and the number of logits it needs.
+
+        Args:
+            chunk: Tokens of the request.
+            draft: Tokens that may follow the last one.
+        """
         tokens = self._tokens[chunk.start : chunk.stop]
         needs_all = self.sampling.prompt_logprobs is not None and chunk.start < len(self.prompt)
         num_logits = len(tokens) if needs_all else int(chunk.last)
         return RunnerInput(
-            request=self.name, tokens=tokens, past=chunk.start, num_logits=num_logits
+            request=self.name,
+            tokens=[*tokens, *draft],
+            past=chunk.start,
+            num_logits=num_logits + len(draft),
         )
 
     def on_prompt_chunk(self, chunk: ScheduledTokens, logits_NV: Tensor) -> None:

@@ -42,9 +42,18 @@ class RunnerInput:
 
 
 class Runner(Protocol):
-    """Holds the KV cache of running requests and computes steps."""
+    """Holds the KV cache of running requests and computes steps.
+
+    Attributes:
+        name: As in `EngineStats`.
+        packs: Whether the tokens of a step share a forward pass, and those of a request that were
+            computed last may be replaced by others.
+        whole_prompts: Whether prompts are computed in one step each.
+        model: The model.
+    """
 
     name: str
+    packs: bool
     whole_prompts: bool
     model: PreTrainedModel
 
@@ -87,6 +96,7 @@ class VarlenRunner:
     """Compute all tokens of a step in one forward pass, without padding."""
 
     name = "packed"
+    packs = True
     whole_prompts = False
 
     def __init__(self, model: PreTrainedModel, places: int, *, int8: bool = False):
@@ -193,6 +203,7 @@ class SeparateRunner:
     """
 
     name = "separate"
+    packs = False
 
     def __init__(self, model: PreTrainedModel, *, whole_prompts: bool):
         self.model, self._device = model, model.device

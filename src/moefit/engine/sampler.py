@@ -239,20 +239,53 @@ def sample(logits_NV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | Fail
         logits_NV: Logits of the model, one row per request.
         samplers: Sampler of each row.
     """
-    chosen: list[Choice | Failure] = []
+    return [chosen[0] for chosen in sample_drafts(logits_NV, [(one, ()) for one in samplers])]
+
+
+def sample_drafts(
+    logits_NV: Tensor, runs: Sequence[tuple[Sampler, Sequence[int]]]
+) -> list[list[Choice | Failure]]:
+    """Return the next tokens of each request, or why it has none.
+
+    A row is sampled only if its draft was right so far, so that a sampler chooses the same tokens,
+    with the same random numbers, as one token at a time.
+
+    Args:
+        logits_NV: Logits of the model: of each request one row more than it has drafted tokens.
+        runs: Sampler of each request, and the tokens that were drafted.
+
+    Returns:
+        For each request the drafted tokens that were right and the one that follows them; a failure
+            is the last.
+    """
+    chosen: list[list[Choice | Failure]] = [[] for _ in runs]
+    owners = [number for number, (_, draft) in enumerate(runs) for _ in range(len(draft) + 1)]
     step = _chunk_rows(logits_NV)
-    for begin in range(0, len(samplers), step):
+    for begin in range(0, len(owners), step):
         rows_NV = logits_NV[begin : begin + step].float()
         largest_N, likeliest_N = rows_NV.max(-1)  # NaN compares as the largest
         some = zip(
-            samplers[begin : begin + step],
+            owners[begin : begin + step],
             likeliest_N.tolist(),
             largest_N.isfinite().tolist(),
             rows_NV,
             strict=True,
         )
-        chosen += [_choose(*one) for one in some]
+        for owner, likeliest, finite, logits_V in some:
+            sampler, draft = runs[owner]
+            if _continues(sampler, draft, chosen[owner]):
+                chosen[owner].append(_choose(sampler, likeliest, finite, logits_V))
     return chosen
+
+
+def _continues(sampler: Sampler, draft: Sequence[int], chosen: Sequence[Choice | Failure]) -> bool:
+    """Return whether the tokens so far are the draft's, and others may follow."""
+    if not chosen:
+        return True
+    last, place = chosen[-1], len(chosen) - 1
+    if isinstance(last, Exception) or last[0] != draft[place]:
+        return False
+    return not sampler.complete
 
 
 def _choose(sampler: Sampler, likeliest: int, finite: bool, logits_V: Tensor) -> Choice | Failure:

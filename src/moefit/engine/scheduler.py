@@ -188,7 +188,13 @@ class Scheduler:
 
     def append_token(self, name: str) -> None:
         """Record a generated token, which the next step will compute."""
-        self._running[name].num_tokens += 1
+        self.append_tokens(name, 1)
+
+    def append_tokens(self, name: str, number: int) -> None:
+        """Record generated tokens, all but the last of which this step has computed as a draft."""
+        request = self._running[name]
+        request.num_tokens += number
+        request.computed += number - 1
 
     def remove(self, name: str) -> bool:
         """Remove a waiting or running request; return False if there is none of this name."""

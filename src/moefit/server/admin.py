@@ -17,6 +17,8 @@ from moefit.engine.api import EngineStats
 from moefit.engine.invariance import Invariance
 from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.reuse import Coverage
+from moefit.engine.speculation.drafts import SpeculationStats
+from moefit.engine.speculation.requests import SpeculationCoverage
 from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan
 from moefit.serve.config import Policy
@@ -184,6 +186,26 @@ class PrefixCacheState(BaseModel):
     disk: PrefixFilesState | None
 
 
+class SpeculationState(BaseModel):
+    """Tokens that are drafted and verified several at a time, with totals since the start.
+
+    Attributes:
+        active: Whether they are in the mode in force.
+        reason: Why not, or by what.
+        drafts: Drafts that were verified.
+        drafted: Their tokens.
+        accepted: Those that were right.
+        plain_steps: Steps without drafts because verifying them would have been slower.
+    """
+
+    active: bool
+    reason: str
+    drafts: int
+    drafted: int
+    accepted: int
+    plain_steps: int
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -197,6 +219,7 @@ class MemoryState(BaseModel):
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds.
         prefix_cache: Keys and values that requests reuse.
+        speculation: Drafted tokens.
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
         invariance: Whether answers depend on other requests.
@@ -224,6 +247,7 @@ class MemoryState(BaseModel):
     kv_tokens: int
     kv_tokens_used: int
     prefix_cache: PrefixCacheState
+    speculation: SpeculationState
     blocks: list[BlockView]
     requests: Requests
     tokens_per_second: float
@@ -257,6 +281,7 @@ def memory_state(service: Service) -> MemoryState:
         kv_tokens=stats.kv_tokens,
         kv_tokens_used=stats.kv_tokens_used,
         prefix_cache=_prefix_cache(engine.prefix_coverage, stats, budget["kv_cache"]),
+        speculation=_speculation(engine.speculation_coverage, stats),
         blocks=engine.served.views(),
         requests=Requests(running=stats.running, waiting=stats.waiting),
         tokens_per_second=stats.tokens_per_second,
@@ -276,6 +301,18 @@ def _prefix_cache(coverage: Coverage, stats: EngineStats, nbytes: int) -> Prefix
     files = stats.prefix_files
     disk = None if files is None else PrefixFilesState(**asdict(files))
     return PrefixCacheState(**asdict(coverage), bytes=size, **asdict(known), disk=disk)
+
+
+def _speculation(coverage: SpeculationCoverage, stats: EngineStats) -> SpeculationState:
+    totals = stats.speculation or SpeculationStats()
+    return SpeculationState(
+        active=coverage.active,
+        reason=coverage.reason,
+        drafts=totals.drafts,
+        drafted=totals.drafted,
+        accepted=totals.accepted,
+        plain_steps=totals.plain_steps,
+    )
 
 
 def _following(follower: BudgetFollower | None) -> FollowingState | None:

@@ -22,6 +22,7 @@ from prometheus_client.core import (
 )
 
 from moefit.engine.api import EngineStats, Event, FinishedEvent, Listener, PromptEvent
+from moefit.engine.speculation.drafts import SpeculationStats
 from moefit.quant.format import NATIVE
 
 
@@ -231,6 +232,8 @@ class ModelCollector:
             )
             held = prefixes.tokens + prefixes.shared
             yield self._gauge("prefix_cache_tokens", "Tokens that requests may reuse", held)
+        if stats.speculation is not None:
+            yield from self._of_drafts(stats.speculation)
         if (files := stats.prefix_files) is not None:
             yield self._gauge("prefix_cache_disk_bytes", "Bytes of prefixes in files", files.bytes)
             yield self._counter(
@@ -239,6 +242,27 @@ class ModelCollector:
             yield self._counter(
                 "prefix_cache_disk_written_tokens", "Tokens written to files", files.written
             )
+
+    def _of_drafts(self, totals: SpeculationStats) -> Iterator[Metric]:
+        yield self._counter("spec_decode_num_drafts", "Drafts that were verified", totals.drafts)
+        yield self._counter(
+            "spec_decode_num_draft_tokens", "Drafted tokens that were verified", totals.drafted
+        )
+        yield self._counter(
+            "spec_decode_num_accepted_tokens", "Drafted tokens that were right", totals.accepted
+        )
+        places = {str(place): count for place, count in enumerate(totals.accepted_at)}
+        yield self._by(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were right, by place in the draft",
+            "position",
+            dict(places),
+        )
+        yield self._counter(
+            "spec_decode_num_plain_steps",
+            "Steps without drafts because verifying them would have been slower",
+            totals.plain_steps,
+        )
 
     def _of_experts(self, report: dict[str, Any]) -> Iterator[Metric]:
         budget = report["budget"]

@@ -195,6 +195,19 @@ def test_retry_delay_grows_to_limit(modules):
     assert pauses == [1000, 1000, 2000, 4000, 8000, 15000, 15000]
 
 
+def test_drafted_tokens_are_a_sentence(modules):
+    known = Pretender().memory()["speculation"]
+    code = "m.drafted(v[0], String)"
+    expected = (
+        "900 of 1200 drafted tokens were right (75%), 4.0 tokens a step that verified a draft."
+    )
+    assert modules.module("breakdown", code, known) == expected
+    assert "yet" in modules.module("breakdown", code, {**known, "drafted": 0, "drafts": 0})
+    off = {**known, "active": False, "drafted": 0, "drafts": 0}
+    assert modules.module("breakdown", code, off) == ""
+    assert modules.module("breakdown", "m.drafted(undefined, String)") == ""
+
+
 def test_reuse_of_prefixes_is_a_sentence(modules):
     cache = Pretender().memory()["prefix_cache"]
     code = "m.reuse(v[0], String)"

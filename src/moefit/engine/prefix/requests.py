@@ -6,7 +6,7 @@ the engine's thread, except where noted.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class RequestPrefixes:
         self._leave_if_changed(state)
         self._runner.extend(chunk.request, state.tokens, chunk.stop)
         self._rejoin(self._waiting.computed(chunk.request, chunk.stop))
+
+    def accept(self, state: RequestState, draft: Sequence[int]) -> None:
+        """Leave drafted tokens to other requests that were right, and so are computed already."""
+        tokens = [*state.tokens, *draft]
+        self._runner.extend(state.name, tokens, len(tokens))
 
     def close(self, state: RequestState) -> None:
         """Free the KV cache of a request that has ended, whose tokens others may still reuse."""

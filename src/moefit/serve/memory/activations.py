@@ -97,7 +97,7 @@ def workspace_bytes(
             "decoder_ffn_dim",
         )
     )
-    k = _experts_per_token(text)
+    k = experts_per_token(text)
     vocabulary = _first(text, "vocab_size") or 0
     expanded = (_first(text, *_HEADS) or 0) * sum(_expanded_widths(text))
     per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
@@ -140,7 +140,7 @@ def _score_bytes(config: Any, tokens: int) -> int:
     return at_once * (_first(text, *_HEADS) or 0) * tokens**2 * 4
 
 
-def _experts_per_token(config: Any) -> int:
+def experts_per_token(config: Any) -> int:
     """Return K; for DS-MoE, whose routing rule may change while serving, all experts."""
     if isinstance(config, DsMoeConfig):
         return config.num_experts

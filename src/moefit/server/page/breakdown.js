@@ -53,6 +53,17 @@ export function planned(plan) {
     `(±${percent(plan.margin)}), ${plan.tokens_per_second.toFixed(1)} tokens/s.`;
 }
 
+/** Describe drafted tokens in a sentence; empty where none are drafted. */
+export function drafted(speculation, formatCount) {
+  if (!speculation || !(speculation.active || speculation.drafts)) return "";
+  const { drafted: tokens, accepted, drafts } = speculation;
+  if (!tokens) return "No drafted tokens were verified yet.";
+  const share = Math.round((100 * accepted) / tokens);
+  const each = (1 + accepted / drafts).toFixed(1);
+  return `${formatCount(accepted)} of ${formatCount(tokens)} drafted tokens were right (${share}%), ` +
+    `${each} tokens a step that verified a draft.`;
+}
+
 /** Describe the reuse of keys and values in a sentence. */
 export function reuse(cache, formatCount) {
   if (!cache) return "";

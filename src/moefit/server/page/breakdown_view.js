@@ -1,7 +1,7 @@
 // View of the memory breakdown: the bar, its marks, and the size of each part.
 
 import { byId, element, say } from "./dom.js";
-import { breakdown, planned, reuse, sentence } from "./breakdown.js";
+import { breakdown, drafted, planned, reuse, sentence } from "./breakdown.js";
 import { grain, rangeOf } from "./dial.js";
 import { formatBytes, formatCount, formatFine } from "./numbers.js";
 
@@ -22,6 +22,7 @@ export class BreakdownView {
     byId("breakdown").setAttribute("aria-label", sentence(view, formatBytes));
     say("plan", planned(memory.plan));
     say("prefixes", reuse(memory.prefix_cache, formatCount));
+    say("drafts", drafted(memory.speculation, formatCount));
     say("budget", formatFine(view.total, grain(rangeOf(memory))));
     const best = Object.keys(memory.everything_in).pop();
     const every = best ? `all experts at ${best} precision` : "all experts";

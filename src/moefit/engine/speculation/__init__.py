@@ -1,0 +1,1 @@
+"""Several tokens of a request in one step: drafts, and whether verifying them pays."""

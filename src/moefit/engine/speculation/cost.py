@@ -1,0 +1,221 @@
+"""Whether drafts pay: how likely they are accepted, and how long steps of more tokens take.
+
+A step of several tokens chooses more experts than one of a single token, and in a small budget each
+of them may have to be read. So drafts can be slower than plain decoding, and how many tokens a step
+verifies follows from measurements: `Acceptance` counts how often drafts are right, also those that
+are not verified, since the text shows it later; `StepTimes` knows the seconds of steps by their
+number of tokens; `choose_lengths` maximises tokens per second. No tensors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import accumulate
+from operator import mul
+
+# Probability that a token is accepted, by evidence, before anything is known.
+_EVIDENCE = (2, 3, 4, 5, 7, 9, 13)  # least evidence of each class
+_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
+_PRIOR_TRIALS = 8.0  # how many trials it counts as, in the engine's counts
+_SHARED_TRIALS = 6.0  # how many trials the engine's counts count as, in those of a request
+_OWN_MEMORY, _SHARED_MEMORY = 0.97, 0.995  # weight of what was known, at each trial
+GAIN = 1.03  # least gain for which drafts are verified
+
+
+def evidence_class(evidence: int) -> int:
+    """Return the class of an evidence: drafts of one class are counted together.
+
+    >>> evidence_class(2), evidence_class(6), evidence_class(99)
+    (0, 3, 6)
+    """
+    return max(0, sum(evidence >= least for least in _EVIDENCE) - 1)
+
+
+class Counts:
+    """Accepted draft tokens and trials by class of evidence, with old ones forgotten."""
+
+    def __init__(self, memory: float):
+        self._memory = memory
+        self.accepted, self.trials = [0.0] * len(_EVIDENCE), [0.0] * len(_EVIDENCE)
+
+    def add(self, number: int, *, accepted: bool) -> None:
+        """Count a token of the class `number`."""
+        self.accepted[number] = self._memory * self.accepted[number] + accepted
+        self.trials[number] = self._memory * self.trials[number] + 1
+
+
+class Acceptance:
+    """How likely drafts of requests are right: counts of each, and of all together."""
+
+    def __init__(self):
+        self._shared = Counts(_SHARED_MEMORY)
+        self._own: dict[str, Counts] = {}
+
+    def open(self, request: str) -> None:
+        """Begin a request."""
+        self._own[request] = Counts(_OWN_MEMORY)
+
+    def close(self, request: str) -> None:
+        """Forget a request."""
+        self._own.pop(request, None)
+
+    def add(self, request: str, evidence: int, *, accepted: bool) -> None:
+        """Count a draft's token whose predecessors were right."""
+        number = evidence_class(evidence)
+        for counts in (self._shared, self._own[request]):
+            counts.add(number, accepted=accepted)
+
+    def probability(self, request: str, evidence: int) -> float:
+        """Return how likely a token is right if its predecessors in the draft are."""
+        number = evidence_class(evidence)
+        shared, own = self._shared, self._own[request]
+        accepted = shared.accepted[number] + _PRIOR_TRIALS * _PRIOR[number]
+        known = accepted / (shared.trials[number] + _PRIOR_TRIALS)
+        accepted = own.accepted[number] + _SHARED_TRIALS * known
+        return accepted / (own.trials[number] + _SHARED_TRIALS)
+
+    def chances(self, request: str, evidence: int, tokens: int) -> list[float]:
+        """Return how likely each token of a draft is reached and right."""
+        each = [self.probability(request, evidence + place) for place in range(tokens)]
+        return list(accumulate(each, mul))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepGrowth:
+    """How the time of a step may grow with its tokens, before it is measured.
+
+    Attributes:
+        experts: E of a MoE layer.
+        chosen: K.
+        share: Of a one-token step's time that grows with the number of different experts: 1 where
+            experts have to be read, else their share of the bytes that a token needs.
+        per_token: What else each further token adds, as a share of a one-token step.
+    """
+
+    experts: int = 1
+    chosen: int = 1
+    share: float = 0.0
+    per_token: float = 0.05
+
+    def __call__(self, tokens: int) -> float:
+        """Return the time of a step relative to one of a single token.
+
+        Tokens that choose independently and evenly need E (1 - (1 - K/E)^T) different experts.
+        Those of one text have more in common, so this is an upper bound.
+        """
+        absent = 1 - self.chosen / self.experts
+        union = self.experts * (1 - absent**tokens) / self.chosen
+        return 1 + self.share * (union - 1) + self.per_token * (tokens - 1)
+
+
+_EXACT_SIZES = 32  # tokens up to which each number has its own measurements
+_WEIGHT = 0.1  # least weight of a new measurement
+_SLOW = 4.0  # times the known time: what a measurement counts as at most
+
+
+class StepTimes:
+    """Seconds of steps by their number of tokens.
+
+    Args:
+        growth: Of steps that were not measured, relative to the nearest smaller one that was.
+    """
+
+    def __init__(self, growth: Callable[[int], float]):
+        self._growth = growth
+        self._known: dict[int, tuple[float, int]] = {}  # mean seconds, measurements
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Add a measurement; single slow ones, such as of a busy machine, count little."""
+        size = _size(tokens)
+        mean, number = self._known.get(size, (seconds, 0))
+        weight = max(1 / (number + 1), _WEIGHT)
+        seconds = min(seconds, _SLOW * mean)
+        self._known[size] = (mean + weight * (seconds - mean), number + 1)
+
+    def measured(self, tokens: int) -> bool:
+        """Return whether a step of this size was measured."""
+        return _size(tokens) in self._known
+
+    def seconds(self, tokens: int) -> float | None:
+        """Return the expected seconds of a step; None before the first measurement.
+
+        Between two measured sizes it is interpolated, and no step is faster than a smaller one.
+        """
+        size = _size(tokens)
+        below = [one for one in self._known if one <= size]
+        above = [one for one in self._known if one > size]
+        if not below and not above:
+            return None
+        if not below:
+            return self._known[min(above)][0] / self._growth(min(above)) * self._growth(size)
+        slowest = max(self._known[one][0] for one in below)
+        nearest = max(below)
+        if nearest == size:
+            return slowest
+        if above and (largest := self._known[min(above)][0]) > slowest:
+            part = (size - nearest) / (min(above) - nearest)
+            return slowest + part * (largest - slowest)
+        if above:
+            return slowest
+        return slowest * self._growth(size) / self._growth(nearest)
+
+    def clear(self) -> None:
+        """Forget all measurements, such as after a change of the budget."""
+        self._known.clear()
+
+
+def _size(tokens: int) -> int:
+    """Return the number of tokens that a step is measured as: above 32 a multiple of 16."""
+    return tokens if tokens <= _EXACT_SIZES else -(-tokens // 16) * 16
+
+
+def choose_lengths(
+    chances: Mapping[str, Sequence[float]],
+    *,
+    tokens: int,
+    most: int,
+    seconds: Callable[[int], float | None],
+) -> dict[str, int]:
+    """Return how many tokens of each draft to verify, so that most tokens per second are expected.
+
+    Tokens of prompts in the same step count as much as generated ones.
+
+    Args:
+        chances: How likely each token of a draft is accepted, by request; these never increase.
+        tokens: Of the step without drafts.
+        most: Drafted tokens of the step.
+        seconds: Expected seconds of a step by its tokens; None where nothing is known.
+
+    Returns:
+        Lengths of the drafts that are verified; none if that gains less than `GAIN`.
+
+    >>> choose_lengths({"a": [0.9, 0.8], "b": [0.1]}, tokens=2, most=8, seconds=lambda n: 10 + n)
+    {'a': 2}
+    """
+    plain = seconds(tokens)
+    if plain is None:
+        return {}
+    best_rate, best = GAIN * tokens / plain, 0
+    order = [name for _, name in zip(range(most), _likeliest_first(chances), strict=False)]
+    expected, taken = float(tokens), dict[str, int]()
+    for number, name in enumerate(order, start=1):
+        expected += chances[name][taken.get(name, 0)]
+        taken[name] = taken.get(name, 0) + 1
+        time = seconds(tokens + number)
+        if time is not None and expected / time > best_rate:
+            best_rate, best = expected / time, number
+    chosen = dict[str, int]()
+    for name in order[:best]:
+        chosen[name] = chosen.get(name, 0) + 1
+    return chosen
+
+
+def _likeliest_first(chances: Mapping[str, Sequence[float]]):
+    """Yield the names of requests, once for each token of their drafts, likeliest token first."""
+    waiting = [(-one[0], name, 0) for name, one in chances.items() if one]
+    heapify(waiting)
+    while waiting:
+        _, name, place = heappop(waiting)
+        yield name
+        if place + 1 < len(chances[name]):
+            heappush(waiting, (-chances[name][place + 1], name, place + 1))

@@ -1,0 +1,159 @@
+"""Drafts: what may follow a request's tokens, guessed without the model.
+
+`Drafter` is what the engine needs of a source of drafts. `PromptLookup` finds the longest end of a
+request's tokens that occurred before, in the prompt or in the completion, and drafts what followed
+it there (prompt lookup decoding; vLLM's method "ngram"). No tensors or threads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+SHORTEST_MATCH = 2  # tokens; single tokens occur everywhere
+LONGEST_MATCH = 16  # tokens that are compared
+_PLACES = 16  # earlier occurrences that are compared, the last ones
+
+
+SpeculateSetting = Literal["off", "ngram"]
+"""Where drafts come from; see `EngineSettings`."""
+
+MAX_STEP_DRAFTS = 24  # drafted tokens of one step
+MAX_DRAFT = 16  # of one request
+LOOKUP_BYTES = 256  # per token of a text that is looked up in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationStats:
+    """Totals since the engine was created.
+
+    Attributes:
+        drafts: Drafts that were verified, at least in part.
+        drafted: Their tokens.
+        accepted: Those that were right.
+        accepted_at: The same by place in the draft.
+        plain_steps: Decoding steps that could have verified a draft, but would have been slower.
+    """
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: tuple[int, ...] = (0,) * MAX_DRAFT
+    plain_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """Tokens that may follow.
+
+    Attributes:
+        tokens: The first one follows directly.
+        evidence: How much speaks for the first one, in the drafter's own unit; one more for each
+            that follows it.
+    """
+
+    tokens: tuple[int, ...]
+    evidence: int
+
+
+class Drafter(Protocol):
+    """A source of drafts for the requests of an engine.
+
+    Attributes:
+        name: As in `EngineSettings.speculate`.
+    """
+
+    name: str
+
+    def open(self, request: str) -> None:
+        """Begin a request."""
+        ...
+
+    def close(self, request: str) -> None:
+        """Free what is held for a request; unknown ones are ignored."""
+        ...
+
+    def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
+        """Return drafts for requests, where there are any.
+
+        Args:
+            wanted: Tokens of each request so far, and how many to draft at most.
+        """
+        ...
+
+
+class PromptLookup:
+    """Occurrences of pairs of tokens in one request's tokens, which only become longer.
+
+    >>> text = PromptLookup()
+    >>> text.draft([1, 2, 3, 4, 9, 2, 3], most=2)
+    Draft(tokens=(4, 9), evidence=2)
+    """
+
+    def __init__(self):
+        self._last: dict[tuple[int, int], int] = {}  # where a pair ends the last time
+        self._earlier: list[int] = []  # by place: where the pair that ends there ended before
+
+    def draft(self, tokens: Sequence[int], most: int) -> Draft | None:
+        """Return what followed the longest earlier occurrence of the last tokens.
+
+        A draft that reaches the end of the tokens goes on with its own beginning, so that a text
+        that repeats itself is drafted at any length.
+
+        Args:
+            tokens: All tokens of the request; those of earlier calls are its beginning.
+            most: Tokens of the draft.
+        """
+        self._index(tokens)
+        if most < 1 or len(tokens) <= SHORTEST_MATCH:
+            return None
+        length, place = 0, -1
+        candidate = self._earlier[-1]
+        for _ in range(_PLACES):
+            if candidate < 0 or length == LONGEST_MATCH:
+                break
+            if (found := _common_end(tokens, candidate)) > length:
+                length, place = found, candidate
+            candidate = self._earlier[candidate]
+        if place < 0:
+            return None
+        period = len(tokens) - 1 - place
+        following = [tokens[place + 1 + at % period] for at in range(most)]
+        return Draft(tokens=tuple(following), evidence=length)
+
+    def _index(self, tokens: Sequence[int]) -> None:
+        for place in range(len(self._earlier), len(tokens)):
+            pair = (tokens[place - 1], tokens[place])
+            self._earlier.append(self._last.get(pair, -1) if place else -1)
+            if place:
+                self._last[pair] = place
+
+
+def _common_end(tokens: Sequence[int], place: int) -> int:
+    """Return how many tokens up to `place` equal the last ones, at most `LONGEST_MATCH`."""
+    most = min(LONGEST_MATCH, place + 1)
+    last = len(tokens) - 1
+    return next((n for n in range(most) if tokens[place - n] != tokens[last - n]), most)
+
+
+class LookupDrafter:
+    """Draft by prompt lookup, for each request from its own tokens."""
+
+    name = "ngram"
+
+    def __init__(self):
+        self._texts: dict[str, PromptLookup] = {}
+
+    def open(self, request: str) -> None:
+        """Begin a request."""
+        self._texts[request] = PromptLookup()
+
+    def close(self, request: str) -> None:
+        """Forget a request."""
+        self._texts.pop(request, None)
+
+    def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
+        """Return drafts for the requests whose last tokens occurred before."""
+        found = {
+            name: self._texts[name].draft(tokens, most) for name, (tokens, most) in wanted.items()
+        }
+        return {name: draft for name, draft in found.items() if draft is not None}

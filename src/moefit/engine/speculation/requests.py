@@ -1,0 +1,237 @@
+"""Speculative decoding of an engine's requests: what each step verifies, and what became of it.
+
+`Speculation` drafts tokens for requests that decode, decides how many of them a step verifies
+(`cost`), and counts how many were right. A draft's token is accepted if it is the one that the
+request's sampler chooses at its place, so that answers are those of plain decoding, greedy or
+sampled, with whatever grammar or penalties. All methods are called in the engine's thread, except
+where noted.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moefit.engine.invariance import Invariance
+from moefit.engine.speculation.cost import (
+    Acceptance,
+    StepGrowth,
+    StepTimes,
+    choose_lengths,
+)
+from moefit.engine.speculation.drafts import (
+    MAX_DRAFT,
+    MAX_STEP_DRAFTS,
+    Draft,
+    Drafter,
+    LookupDrafter,
+    SpeculateSetting,
+    SpeculationStats,
+)
+from moefit.serve.memory.activations import experts_per_token
+from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.model import ServedModel
+
+PROBE_STEPS = 64  # steps without drafts after which one tries a few, to measure it
+_PROBE_TOKENS, _PROBE_CHANCE = 3, 0.5
+_LOG = logging.getLogger(__name__)
+
+
+def drafter_of(setting: SpeculateSetting) -> Drafter | None:
+    """Return where drafts come from by this setting; None from nowhere."""
+    return LookupDrafter() if setting == "ngram" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationCoverage:
+    """Whether steps verify drafts.
+
+    Attributes:
+        active: Whether they may.
+        reason: Why not, or what to know.
+    """
+
+    active: bool
+    reason: str = ""
+
+    def describe(self) -> str:
+        """Return a line for people."""
+        words = "tokens are drafted" if self.active else "no tokens are drafted"
+        return f"{words}: {self.reason}" if self.reason else words
+
+
+@dataclass(slots=True)
+class _Totals:
+    """As `SpeculationStats`."""
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted_at: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT)
+    plain_steps: int = 0
+
+
+class Speculation:
+    """Drafts of an engine's requests.
+
+    Args:
+        served: The model.
+        drafter: Where drafts come from; None drafts nothing.
+        packed: Whether the engine computes all tokens of a step together.
+
+    Attributes:
+        choose: Decides how many tokens of each draft are verified, with the arguments of
+            `choose_lengths`; measurements replace it.
+    """
+
+    def __init__(self, served: ServedModel, drafter: Drafter | None, *, packed: bool):
+        self._served, self._drafter, self._packed = served, drafter, packed
+        self.choose: Callable[..., dict[str, int]] = choose_lengths
+        self._acceptance, self._times = Acceptance(), StepTimes(StepGrowth())
+        self._budget: MemoryBudget | None = None
+        self._drafts: dict[str, Draft] = {}  # of this step, also those that are not verified
+        self._totals, self._without = _Totals(), 0
+        self._failed = ""
+
+    def coverage(self, invariance: Invariance) -> SpeculationCoverage:
+        """Return whether steps verify drafts in the mode in force. From any thread."""
+        policy, drafter = self._served.policy, self._drafter
+        modes = [mode for mode in (policy.mode, policy.prefill) if mode != "exact"]
+        if drafter is None:
+            return SpeculationCoverage(active=False, reason="switched off")
+        if self._failed:
+            return SpeculationCoverage(active=False, reason=self._failed)
+        if not self._packed:
+            name = type(self._served.model).__name__
+            reason = f"requests of {name} are computed one at a time, with caches of their own"
+            return SpeculationCoverage(active=False, reason=reason)
+        if modes:
+            reason = f"in mode {modes[0]} an answer would depend on what is drafted"
+            return SpeculationCoverage(active=False, reason=reason)
+        if invariance.covered:
+            return SpeculationCoverage(active=True, reason=f"by {drafter.name}")
+        first = invariance.not_covered[0]
+        return SpeculationCoverage(
+            active=True,
+            reason=f"by {drafter.name}; answers may differ in their last bits from those without "
+            f"({first.module}: {first.reason})",
+        )
+
+    def open(self, request: str) -> None:
+        """Begin a request."""
+        if self._drafter is not None:
+            self._drafter.open(request)
+            self._acceptance.open(request)
+
+    def close(self, request: str) -> None:
+        """Forget a request; unknown ones are ignored."""
+        self._drafts.pop(request, None)
+        self._acceptance.close(request)
+        if self._drafter is not None:
+            self._drafter.close(request)
+
+    def propose(
+        self, decoding: Mapping[str, tuple[Sequence[int], int]], tokens: int, invariance: Invariance
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the drafts that the next step verifies.
+
+        Args:
+            decoding: Tokens of each request that decodes in it, and how many it may still generate
+                beyond the next one.
+            tokens: Of the step without drafts.
+            invariance: Of the mode in force.
+        """
+        self._drafts = {}
+        if self._drafter is None or not self.coverage(invariance).active:
+            return {}
+        self._forget_if_changed()
+        wanted = {
+            name: (text, min(left, MAX_DRAFT)) for name, (text, left) in decoding.items() if left
+        }
+        try:
+            self._drafts = self._drafter.draft(wanted)
+        except Exception as error:  # noqa: BLE001 - drafts are never worth a request
+            _LOG.exception("no tokens are drafted any more")
+            self._failed = f"drafting failed ({type(error).__name__}: {error})"
+            return {}
+        lengths = self._lengths(tokens)
+        return {name: self._drafts[name].tokens[:length] for name, length in lengths.items()}
+
+    def _lengths(self, tokens: int) -> dict[str, int]:
+        """Return how many tokens of each draft to verify."""
+        if not self._drafts:
+            return {}
+        chances = {
+            name: self._acceptance.chances(name, draft.evidence, len(draft.tokens))
+            for name, draft in self._drafts.items()
+        }
+        chosen = self.choose(
+            chances, tokens=tokens, most=MAX_STEP_DRAFTS, seconds=self._times.seconds
+        )
+        if chosen:
+            self._without = 0
+            return chosen
+        self._totals.plain_steps += 1
+        self._without += 1
+        likeliest = max(chances, key=lambda name: chances[name][0])
+        if self._without < PROBE_STEPS or chances[likeliest][0] < _PROBE_CHANCE:
+            return {}
+        self._without = 0
+        return {likeliest: min(_PROBE_TOKENS, len(chances[likeliest]))}
+
+    def observe(self, request: str, tokens: Sequence[int], verified: int) -> None:
+        """Count what a draft was worth, whether it was verified or not.
+
+        Args:
+            request: Request id.
+            tokens: Generated in this step.
+            verified: Tokens of the draft that the step computed.
+        """
+        draft = self._drafts.get(request)
+        if draft is None:
+            return
+        right = 0
+        for place, (guess, token) in enumerate(zip(draft.tokens, tokens, strict=False)):
+            self._acceptance.add(request, draft.evidence + place, accepted=guess == token)
+            if guess != token:
+                break
+            right += place < verified
+        if verified:
+            self._totals.drafts += 1
+            self._totals.drafted += verified
+            for place in range(right):
+                self._totals.accepted_at[place] += 1
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """Record how long a step of this many tokens took."""
+        if self._drafter is not None:
+            self._times.add(tokens, seconds)
+
+    def stats(self) -> SpeculationStats | None:
+        """Return totals; None if nothing is ever drafted. From any thread."""
+        if self._drafter is None:
+            return None
+        totals = self._totals
+        return SpeculationStats(
+            drafts=totals.drafts,
+            drafted=totals.drafted,
+            accepted=sum(totals.accepted_at),
+            accepted_at=tuple(totals.accepted_at),
+            plain_steps=totals.plain_steps,
+        )
+
+    def _forget_if_changed(self) -> None:
+        """Measure again after a change of the budget or of formats."""
+        if (now := self._served.budget) is not self._budget:
+            self._budget = now
+            self._times = StepTimes(growth_of(self._served))
+
+
+def growth_of(served: ServedModel) -> StepGrowth:
+    """Return how the time of a step may grow with its tokens in the budget in force."""
+    blocks = list(served.blocks.values())
+    first = blocks[0]
+    config = served.model.config.get_text_config(decoder=True)
+    top_k = min(experts_per_token(config), first.num_experts)
+    missing = any(one.slot_table.num_slots < one.num_experts for one in blocks)
+    used = top_k * sum(one.format.nbytes(one.block.layout.specs) for one in blocks)
+    share = 1.0 if missing else used / (used + served.budget.weights)
+    return StepGrowth(experts=first.num_experts, chosen=top_k, share=share)

@@ -1,0 +1,118 @@
+"""How many drafted tokens pay: the best of all choices, and measurements that settle it."""
+
+from itertools import product
+from math import prod
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moefit.engine.speculation.cost import (
+    GAIN,
+    Acceptance,
+    StepGrowth,
+    StepTimes,
+    choose_lengths,
+)
+
+chances = st.lists(st.floats(0, 1), max_size=3).map(
+    lambda each: [prod(each[: n + 1]) for n in range(len(each))]
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), chances),
+    st.integers(1, 5),
+    st.integers(0, 6),
+    st.lists(st.floats(0, 2), min_size=16, max_size=16),
+)
+def test_no_other_choice_is_expected_to_be_faster(requests, tokens, most, more) -> None:
+    times = [1 + sum(more[:number]) for number in range(16)]
+
+    def rate(lengths: dict[str, int]) -> float:
+        right = sum(sum(requests[name][:length]) for name, length in lengths.items())
+        return (tokens + right) / times[tokens + sum(lengths.values())]
+
+    chosen = choose_lengths(requests, tokens=tokens, most=most, seconds=times.__getitem__)
+    assert all(0 < length <= len(requests[name]) for name, length in chosen.items())
+    assert sum(chosen.values()) <= most
+    names = list(requests)
+    others = [
+        dict(zip(names, lengths, strict=True))
+        for lengths in product(*(range(len(requests[name]) + 1) for name in names))
+        if sum(lengths) <= most
+    ]
+    best = max(map(rate, others))
+    if chosen:
+        assert rate(chosen) > GAIN * rate({})
+        assert rate(chosen) == pytest.approx(best)
+    else:
+        assert best <= GAIN * rate({}) * (1 + 1e-9)
+
+
+def test_nothing_is_drafted_before_anything_is_known() -> None:
+    times = StepTimes(StepGrowth())
+    assert choose_lengths({"a": [1.0]}, tokens=1, most=8, seconds=times.seconds) == {}
+
+
+def test_drafts_are_switched_off_where_they_lose() -> None:
+    """Steps of three tokens are measured to take three times as long, as where each is read."""
+    times = StepTimes(StepGrowth())
+    times.add(1, 1.0)
+    right = {"a": [0.8, 0.64]}
+    assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {"a": 2}
+    times.add(3, 3.0)
+    assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {}
+    times.clear()
+    times.add(1, 1.0)
+    assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {"a": 2}
+
+
+def test_experts_that_must_be_read_count_before_they_are_measured() -> None:
+    """Where every expert is read, a second token needs nearly twice as many."""
+    reading = StepGrowth(experts=64, chosen=8, share=1.0, per_token=0.0)
+    assert reading(1) == 1
+    assert reading(2) == pytest.approx(1.875)
+    assert reading(1000) == pytest.approx(8.0)
+    in_memory = StepGrowth(experts=64, chosen=8, share=0.3, per_token=0.0)
+    one = {"a": [0.7]}
+    assert choose_lengths(one, tokens=1, most=8, seconds=reading) == {}
+    assert choose_lengths(one, tokens=1, most=8, seconds=in_memory) == {"a": 1}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.floats(0.001, 5)), min_size=1, max_size=30),
+    st.integers(1, 250),
+)
+def test_larger_steps_are_never_expected_to_be_faster(measured, tokens) -> None:
+    times = StepTimes(StepGrowth(experts=8, chosen=2, share=0.5))
+    for size, seconds in measured:
+        times.add(size, seconds)
+    expected, next_one = times.seconds(tokens), times.seconds(tokens + 1)
+    assert expected is not None and next_one is not None
+    assert 0 < expected <= next_one * (1 + 1e-12)
+
+
+def test_single_slow_steps_count_little() -> None:
+    times = StepTimes(StepGrowth())
+    for _ in range(20):
+        times.add(4, 0.1)
+    times.add(4, 60.0)
+    assert times.seconds(4) == pytest.approx(0.13)
+
+
+def test_acceptance_of_a_request_follows_its_own_text() -> None:
+    acceptance = Acceptance()
+    acceptance.open("copies")
+    acceptance.open("writes")
+    for _ in range(40):
+        acceptance.add("copies", 5, accepted=True)
+        acceptance.add("writes", 5, accepted=False)
+    assert acceptance.probability("copies", 5) > 0.9
+    assert acceptance.probability("writes", 5) < 0.12
+    assert acceptance.probability("copies", 2) == acceptance.probability("writes", 2)
+    acceptance.close("copies")
+    acceptance.open("new")
+    assert 0.4 < acceptance.probability("new", 5) < 0.6
+    chances = acceptance.chances("new", 4, 3)
+    assert chances == sorted(chances, reverse=True) and len(chances) == 3
