@@ -2,7 +2,8 @@
 
     MoefitError
     ├── ConfigError            the request contradicts itself or names something unknown
-    │   └── RequestTooLargeError  a request that never fits in the context or its memory
+    │   ├── RequestTooLargeError  a request that never fits in the context or its memory
+    │   └── UnreachedTargetError  no plan has the loss or the speed that was asked for
     ├── DataError              the text cannot be read, or is too short
     ├── CheckpointError        a checkpoint is missing, damaged, unknown or cannot be written
     ├── BudgetTooSmallError    a memory budget below the model's minimum
@@ -63,6 +64,10 @@ class ConfigError(MoefitError, ValueError):
 
 class RequestTooLargeError(ConfigError):
     """Prompt and completion of one request have more tokens than can ever fit."""
+
+
+class UnreachedTargetError(ConfigError):
+    """No plan for the budget has the loss or the speed that was asked for."""
 
 
 class DataError(MoefitError):

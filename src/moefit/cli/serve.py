@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Annotated
@@ -30,9 +31,9 @@ from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.disk import BUFFERS_BYTES
 from moefit.engine.speculation.drafts import LOOKUP_BYTES
-from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.errors import BudgetTooSmallError, ConfigError, UnreachedTargetError
 from moefit.evaluate.loading import REFERENCE
-from moefit.host import available_bytes, is_loopback, process_bytes
+from moefit.host import available_bytes, is_loopback, process_bytes, total_bytes
 from moefit.plan.plan_file import Plan
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.memory.budget import format_bytes, parse_bytes
@@ -44,6 +45,7 @@ from moefit.serve.memory.follow import (
     default_headroom,
 )
 from moefit.serve.model import ServedModel
+from moefit.serve.outgrown import Backlog, size_line, slow_line, subject_of, unfit_line
 from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
@@ -322,7 +324,7 @@ def _serve(
     with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
-        with follow.explained():
+        with follow.explained(), _beyond_explained(model):
             served, plan = _loaded(model, options, engine_settings, following)
         say_generation(served.generation)
         deadline = exit_timer(LEAVING)
@@ -350,7 +352,29 @@ def _serve(
             engine.start()
             if follow.follows and service.follower is not None:
                 service.follower.resume()
-            _run(running, engine, lambda: _announce(engine, settings, url, monotonic() - began))
+            subject = subject_of(model, folder_of(model))
+            if line := size_line(subject, served.budget.all_resident_bytes, total_bytes()):
+                say(line)
+            _run(
+                running,
+                engine,
+                lambda: _announce(engine, settings, url, monotonic() - began),
+                Backlog(subject),
+            )
+
+
+@contextmanager
+def _beyond_explained(model: str) -> Iterator[None]:
+    """Say how vLLM would serve a model that is too large or too slow for this machine."""
+    try:
+        yield
+    except BudgetTooSmallError:
+        if line := unfit_line(subject_of(model, folder_of(model)), total_bytes()):
+            say(line)
+        raise
+    except UnreachedTargetError:
+        say(slow_line(subject_of(model, folder_of(model))))
+        raise
 
 
 def _starts_warm(served: ServedModel, warm_start: bool | None) -> bool:
@@ -367,13 +391,25 @@ def _starts_warm(served: ServedModel, warm_start: bool | None) -> bool:
     return warm_start
 
 
-def _run(running: HttpServer, engine: Engine, announce: Callable[[], None]) -> None:
+def _run(
+    running: HttpServer, engine: Engine, announce: Callable[[], None], backlog: Backlog
+) -> None:
     """Serve until a signal arrives, or the engine or HTTP server fails."""
+
+    polls = count()
+
+    def ends() -> bool:
+        if next(polls) % 10 == 0:  # once a second
+            load = engine.stats()
+            if line := backlog.observe(monotonic(), load.waiting, load.tokens_per_second):
+                say(line)
+        return request.received is not None or engine.failure is not None
+
     try:
         with stop_on_signal() as request:
             running.start()
             announce()
-            running.wait(lambda: request.received is not None or engine.failure is not None)
+            running.wait(ends)
             if request.received is not None:
                 _drain(running, request.received.name)
                 return

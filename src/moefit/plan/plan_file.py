@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moefit.errors import ConfigError
+from moefit.errors import ConfigError, UnreachedTargetError
 from moefit.plan.configuration import Configuration, Lengths, configuration_from
 from moefit.plan.profile import RecordKind
 from moefit.plan.search import Point
@@ -79,11 +79,11 @@ class PlanChooser:
             memory: The budget in bytes, for the error message.
 
         Raises:
-            ConfigError: No point satisfies the target. The message names the nearest ones.
+            UnreachedTargetError: No point satisfies it. The message names the nearest ones.
         """
         target.check()
         if not (good := [point for point in front if self.satisfies(point, target)]):
-            raise ConfigError(self._unsatisfied(front, target, memory))
+            raise UnreachedTargetError(self._unsatisfied(front, target, memory))
         if target.min_speed is not None:
             return min(good, key=lambda point: (point.loss, point.seconds))
         if target.max_loss is None:

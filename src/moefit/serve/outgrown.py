@@ -1,0 +1,175 @@
+"""When a model or its requests outgrow one machine, and the line that serves it with vLLM.
+
+Decisions in plain Python: `moefit serve` prints their lines and does nothing else about them.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from moefit.checkpoint.model_folder import read_json_or_empty
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.serve.memory.budget import format_bytes
+
+GPU_BYTES = 80 * 10**9
+"""Of the GPUs that a line is written for; H100 and A100 have as much."""
+GPUS_PER_MACHINE = 8
+WEIGHTS_SHARE = 0.7
+"""Part of a GPU's memory for weights; of the rest vLLM leaves a tenth and holds the KV cache."""
+PATIENCE = 60.0  # seconds for which requests wait before a backlog is one
+SILENCE = 3600.0  # seconds between two lines about it
+_PAGE = "docs/scaling.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What vLLM would serve.
+
+    Attributes:
+        name: As on the command line.
+        weight_bytes: Of the checkpoint, as it is on disk.
+        is_dsmoe: Whether vLLM needs moefit's plugin for it.
+        is_gguf: Whether it is a GGUF file.
+    """
+
+    name: str
+    weight_bytes: int
+    is_dsmoe: bool = False
+    is_gguf: bool = False
+
+
+def subject_of(name: str, path: Path) -> Subject:
+    """Return what vLLM would serve in place of a model.
+
+    Args:
+        name: As on the command line.
+        path: Its folder or file.
+    """
+    kind = read_json_or_empty(path / "config.json").get("model_type") if path.is_dir() else None
+    return Subject(
+        name=name,
+        weight_bytes=weight_bytes(path),
+        is_dsmoe=kind == DsMoeConfig.model_type,
+        is_gguf=path.suffix == ".gguf",
+    )
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of a checkpoint: of the weight files in a folder, or of one file."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(
+        file.stat().st_size
+        for file in path.glob("*")
+        if file.suffix in (".safetensors", ".gguf") and file.is_file()
+    )
+
+
+def gpus_for(nbytes: int) -> tuple[int, int]:
+    """Return on how many GPUs of a machine, and how many machines, weights of a size fit.
+
+    GPUs of a machine are powers of two, since they divide attention heads.
+
+    >>> gpus_for(14 * 10**9), gpus_for(100 * 10**9), gpus_for(1340 * 10**9)
+    ((1, 1), (2, 1), (8, 3))
+    """
+    per_gpu = WEIGHTS_SHARE * GPU_BYTES
+    gpus = 1
+    while gpus < GPUS_PER_MACHINE and gpus * per_gpu < nbytes:
+        gpus *= 2
+    machines = max(1, -int(-nbytes // (gpus * per_gpu)))
+    return gpus, machines
+
+
+def vllm_line(subject: Subject) -> str:
+    """Return the shell command that serves a model with vLLM, on GPUs of 80 GB.
+
+    >>> vllm_line(Subject(name="allenai/OLMoE-1B-7B-0924", weight_bytes=14 * 10**9))
+    'vllm serve allenai/OLMoE-1B-7B-0924'
+    """
+    name = shlex.quote(subject.name)
+    if subject.is_dsmoe:
+        return f"moefit export {name} OUT --format dsmoe && vllm serve OUT  # with moefit-vllm"
+    if subject.is_gguf:
+        name = "MODEL"  # the safetensors that the file was made of
+    gpus, machines = gpus_for(subject.weight_bytes)
+    line = f"vllm serve {name}"
+    if gpus > 1:
+        line += f" --tensor-parallel-size {gpus} --enable-expert-parallel"
+    if machines > 1:
+        line += f" --pipeline-parallel-size {machines}"
+    return line
+
+
+def _beyond(subject: Subject) -> str:
+    needs = f" (the safetensors of {subject.name})" if subject.is_gguf else ""
+    return f"past one machine, on GPUs of 80 GB: {vllm_line(subject)}{needs}; see {_PAGE}"
+
+
+def size_line(subject: Subject, needed: int, machine: int) -> str | None:
+    """Return what to say if a model does not fit in the memory of a machine as a whole.
+
+    Args:
+        subject: The model.
+        needed: Bytes of the process with all experts in memory.
+        machine: Bytes of memory of the machine, or of the process's control group.
+    """
+    if needed <= machine:
+        return None
+    return (
+        f"note: all experts would take {format_bytes(needed)}, and this machine has "
+        f"{format_bytes(machine)}, so some are read or replaced as requests need them; "
+        f"{_beyond(subject)}"
+    )
+
+
+def unfit_line(subject: Subject, machine: int) -> str | None:
+    """Return what to add to the error of a budget that is too small, if the machine is too."""
+    if subject.weight_bytes <= machine:
+        return None
+    return (
+        f"note: the checkpoint has {format_bytes(subject.weight_bytes)}, and this machine "
+        f"{format_bytes(machine)} of memory; {_beyond(subject)}"
+    )
+
+
+def slow_line(subject: Subject) -> str:
+    """Return what to add to the error of a target that no plan reaches on this machine."""
+    return f"note: if no budget of this machine reaches that, {_beyond(subject)}"
+
+
+class Backlog:
+    """Notices requests that arrive faster than they are answered.
+
+    Args:
+        subject: The model.
+    """
+
+    def __init__(self, subject: Subject):
+        self._subject = subject
+        self._since: tuple[float, int] | None = None  # when the queue began, and its length
+        self._quiet_until = float("-inf")
+
+    def observe(self, now: float, waiting: int, tokens_per_second: float) -> str | None:
+        """Return a line once requests have waited for a minute and the queue is not shorter.
+
+        Args:
+            now: Seconds of a clock that never goes back.
+            waiting: Requests in the queue.
+            tokens_per_second: That are generated.
+        """
+        if waiting == 0:
+            self._since = None
+            return None
+        began, first = self._since or (now, waiting)
+        self._since = began, first
+        if now - began < PATIENCE:
+            return None
+        self._since = now, waiting
+        if waiting < first or now < self._quiet_until:
+            return None
+        self._quiet_until = now + SILENCE
+        return (
+            f"note: requests arrive faster than they are answered: {waiting} have been waiting, "
+            f"and {tokens_per_second:.1f} tokens/s are generated; {_beyond(self._subject)}"
+        )
