@@ -14,9 +14,9 @@ import record
 from rich.console import Console
 from rich.table import Table
 
+from moefit.serve.hybrid.rules import fetch_all, monde
 from moefit.simulate.costs import expert_costs, find_hardware, find_shape
 from moefit.simulate.routing import Workload, random_routing, steps_of
-from moefit.simulate.rules import fetch_all, monde
 from moefit.simulate.timeline import Cache, Simulation
 
 CASES = {  # sequences of 512 tokens in an encoder, or as many tokens in a decoder

@@ -8,6 +8,7 @@
     ├── CheckpointError        a checkpoint is missing, damaged, unknown or cannot be written
     ├── BudgetTooSmallError    a memory budget below the model's minimum
     ├── UnsupportedModelError  the model is valid, but this operation does not support it
+    ├── DeviceError            the device failed or has disappeared while a model is served
     ├── QueueFullError         the queue of waiting requests is full
     ├── RefusedError           the engine accepts no more requests
     ├── DivergenceError        the training loss is not finite
@@ -84,6 +85,10 @@ class BudgetTooSmallError(MoefitError):
 
 class UnsupportedModelError(MoefitError):
     """The model is valid, but this operation does not support it."""
+
+
+class DeviceError(MoefitError):
+    """The device failed, or has disappeared, while a model is served on it."""
 
 
 class QueueFullError(MoefitError):

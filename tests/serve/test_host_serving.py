@@ -134,6 +134,49 @@ def test_cpu_has_no_host_cache(folders) -> None:
         assert served.report()["budget"]["host"] is None
 
 
+@pytest.mark.parametrize("precision", ["native", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_misses_computed_in_host_memory_equal_the_model(
+    folders, monkeypatch, family: str, precision: str
+) -> None:
+    """On a stand-in both sides have the same kernels, so tokens and logits are the same bits."""
+    with load_model(folders(family), LoadSettings(context=64, precision=precision)) as served:
+        expected, made = logits(served.model, tokens(2, 7)), generated(served)
+    how = {"slots": 2, "places": 100, "precision": precision}
+    with serving(folders(family), monkeypatch, **how) as served:
+        generated(served)  # fills host memory
+        for rule in ("compute-all", "balanced", "auto"):
+            served.start_host_side(rule)
+            assert served.report()["hybrid"]["obstacle"] == ""
+            assert torch.equal(logits(served.model, tokens(2, 7)), expected)
+            assert generated(served) == made
+            served.check()
+            if rule == "compute-all":
+                assert served.report()["computed_on_host"] > 0
+        fetches, there = served.report()["fetches"], served.report()["computed_on_host"]
+        served.make_deterministic()
+        generated(served)
+        assert served.report()["computed_on_host"] == there, "all misses are fetched from now on"
+        assert served.report()["fetches"] > fetches
+        assert "deterministic" in served.report()["hybrid"]["obstacle"]
+
+
+def test_host_side_says_why_it_is_off(folders, monkeypatch) -> None:
+    with load_model(folders("Mixtral"), LoadSettings(context=64)) as served:
+        assert served.report()["hybrid"]["obstacle"] == "the model is not on a GPU"
+        served.start_host_side("auto")
+        assert "no host memory" in served.report()["hybrid"]["obstacle"]
+    disk = Disk()
+    with serving(folders("Mixtral"), monkeypatch, slots=1, places=3, disk=disk) as served:
+        served.start_host_side("fetch-all")
+        assert "as the setting says" in served.report()["hybrid"]["obstacle"]
+        disk.failures = 10**6
+        served.start_host_side("auto")
+        assert "cannot be read" in served.report()["hybrid"]["obstacle"]
+        disk.failures = 0
+        assert generated(served) == generated(model_of("Mixtral"))
+
+
 @pytest.mark.parametrize("step", ["load_dense_weights", "grow"])
 def test_failed_load_releases_host_cache(folders, monkeypatch, step: str) -> None:
     closed: list[bool] = []
@@ -188,6 +231,26 @@ def test_gpu_exact_equals_model_at_any_budget(on_gpu, family: str, host_memory: 
     slot = served.blocks[next(iter(served.blocks))].block_slot_bytes
     if host_memory is None:
         assert report["host_budget"] <= (4 + BACKGROUND_READERS) * 2 * slot
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("rule", ["auto", "compute-all", "balanced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_computes_misses_in_host_memory(on_gpu, family: str, rule: str) -> None:
+    """Up to the rounding of two devices."""
+    served = on_gpu(family, host_memory="1GiB", host_compute=rule)
+    theirs = tiny(family).to("cuda")
+    served.set_memory(with_slots(served, 2))
+    for seed in range(3):
+        ids_BT = tokens(2, 7, seed=seed).to("cuda")
+        torch.testing.assert_close(
+            logits(served.model, ids_BT), logits(theirs, ids_BT), rtol=1e-3, atol=1e-3
+        )
+    assert served.report()["hybrid"]["obstacle"] == ""
+    if rule == "compute-all":
+        assert served.report()["computed_on_host"] > 0
+    served.check()
 
 
 @pytest.mark.gpu

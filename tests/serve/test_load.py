@@ -97,6 +97,8 @@ def test_dense_model_raises(tmp_path: Path) -> None:
         ({"memory": 0}, "0 is not a size"),
         ({"host_memory": "1GiB"}, "host_memory='1GiB', but on a CPU .* give it to memory"),
         ({"host_memory": 0}, "host_memory=0, but on a CPU"),
+        ({"host_compute": "monde"}, "host_compute='monde' divides misses between a GPU and"),
+        ({"host_compute": "all"}, "host_compute='all' is not one of auto, fetch-all"),
         ({"context": 0}, "context=0"),
         ({"context": -5}, "context=-5"),
         ({"context": 1.5}, "context=1.5"),

@@ -15,6 +15,7 @@ def test_rates() -> None:
     assert counters.as_dict() == {
         "hits": 3, "fetches": 1, "substitutions": 0, "swaps": 7, "wait_seconds": 0.25,
         "substituted": 0.5, "routed": 2, "hit_rate": 0.75, "substituted_mass": 0.25,
+        "computed_on_host": 0,
         "prefetches": 0, "prefetches_used": 0, "prefetched_bytes": 0, "prefetch_wasted_bytes": 0,
     }  # fmt: skip
 

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from moefit.cli.app import app
 from moefit.errors import ConfigError
-from moefit.simulate.costs import Costs, ExpertShape, find_hardware, find_shape
+from moefit.serve.hybrid.costs import Costs
+from moefit.serve.hybrid.rules import RULES, compute_all, fetch_all
+from moefit.simulate.costs import ExpertShape, find_hardware, find_shape
 from moefit.simulate.routing import Workload, random_routing, read_recording, steps_of
-from moefit.simulate.rules import RULES, compute_all, fetch_all
 from moefit.simulate.timeline import Cache, Simulation
 
 SHAPE = ExpertShape(

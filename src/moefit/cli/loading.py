@@ -92,7 +92,11 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     with console.status("planning"):
         plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
-    device = {"host_memory": options.host_memory, "device": options.device}
+    device = {
+        "host_memory": options.host_memory,
+        "host_compute": options.host_compute.value,
+        "device": options.device,
+    }
     chosen = {**device, **plan.settings(), "prefetch": options.prefetch.value, **settings}
     if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
         chosen["kv_cache"] = options.kv_cache.value

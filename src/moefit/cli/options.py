@@ -22,6 +22,7 @@ from moefit.errors import ConfigError
 from moefit.quant.format import DECODED, FORMATS, NATIVE
 from moefit.quant.kv_int8 import INT8_CACHE, MODEL_CACHE
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, Policy
+from moefit.serve.hybrid.rules import AUTO_COMPUTE
 from moefit.serve.memory.follow import AUTO_MEMORY
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.yaml_text import load_yaml
@@ -68,6 +69,18 @@ class SpeculateName(StrEnum):
 
     off = "off"
     ngram = "ngram"
+
+
+class HostCompute(StrEnum):
+    """Which absent experts are computed in host memory."""
+
+    auto = AUTO_COMPUTE
+    fetch_all = "fetch-all"
+    compute_all = "compute-all"
+    monde = "monde"
+    fiddler = "fiddler"
+    balanced = "balanced"
+    search = "search"
 
 
 class Following(StrEnum):
@@ -178,6 +191,13 @@ class MemoryOptions:
     host_memory: Annotated[
         str | None, advanced("On a GPU: maximum host memory for experts, such as 8GiB.")
     ] = None
+    host_compute: Annotated[
+        HostCompute,
+        advanced(
+            "On a GPU: which absent experts the CPU computes in --host-memory, while others are "
+            "fetched. auto: where layers take least time; or a rule of moefit simulate."
+        ),
+    ] = HostCompute.auto
     dense_precision: DensePrecision = None
     rest: Rest = None
     dtype: DtypeOption = None
@@ -230,6 +250,7 @@ class MemoryOptions:
         return {
             "memory": self.memory,
             "host_memory": self.host_memory,
+            "host_compute": self.host_compute.value,
             "precision": self.experts,
             "dense_precision": self.dense,
             "context": self.context,

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moefit.quant.backend import backend_status
 from moefit.quant.cpu_kernels import kernels
 from moefit.serve.config import Policy
-from moefit.serve.layer.executor import fused_experts
+from moefit.serve.layer.expert_executor import fused_experts
 from moefit.serve.layer.moe_layer import VirtualExperts
 
 

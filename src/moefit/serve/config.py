@@ -20,6 +20,7 @@ from moefit.quant.kv_int8 import INT8_CACHE, KV_CACHES, MODEL_CACHE
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.hf.generation_config import AUTO, IGNORE, NONE
+from moefit.serve.hybrid.rules import AUTO_COMPUTE, check_host_compute
 from moefit.serve.precision.allocate import AUTO_FORMATS
 
 Mode = Literal["exact", "bounded", "virtual"]
@@ -181,6 +182,9 @@ class LoadSettings:
     Args:
         memory: Budget as a size; None means as much as it takes.
         host_memory: On a GPU, size of the host cache of experts; None is one buffer per reader.
+        host_compute: On a GPU, which misses that lie in host memory are computed there instead of
+            being fetched: `auto` those with which layers take least time, by measured costs, or
+            the name of a rule (`serve/hybrid/rules.py`), such as `fetch-all`.
         mode: How steps handle missing experts (see `Policy`).
         device: `cpu`, `cuda` or `cuda:N`.
         context: Tokens that the KV cache is reserved for, over all sequences.
@@ -208,6 +212,7 @@ class LoadSettings:
 
     memory: str | int | None = None
     host_memory: str | int | None = None
+    host_compute: str = AUTO_COMPUTE
     mode: Mode = "exact"
     device: str = "cpu"
     context: int = 2048
@@ -256,6 +261,7 @@ class LoadSettings:
                 f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "
                 "memory; give it to memory (--memory), or serve on a GPU (device cuda)"
             )
+        check_host_compute(self.host_compute, on_cpu=planned_device(self.device).type == "cpu")
         self._check_kv_cache()
         if not self.half_life_tokens > 0:
             raise ConfigError(f"half_life_tokens={self.half_life_tokens!r} must be above zero")

@@ -93,6 +93,9 @@ def load_model(
             with served.zero_experts():
                 check_int8_cache(served.model, budget.context or settings.context)
         _make_slots(parts, device, settings.placement)
+        if device.type != "cpu":
+            served.start_host_side(settings.host_compute)
+            undo.callback(served.host_computing.close, list(served.blocks.values()))
         if settings.mode == "virtual":
             served.hold_first_experts()
         served.start_prefetching(settings)

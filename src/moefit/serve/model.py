@@ -24,6 +24,7 @@ from moefit.serve.hf.kv_cache import limit_context, reserve_caches
 from moefit.serve.hf.native_linear import use_linear_kernels
 from moefit.serve.hf.norms import use_norm_kernels
 from moefit.serve.hf.rotary import use_rotary_kernels
+from moefit.serve.hybrid.start import HostComputing, start_host_side
 from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.layer.router_kernels import use_router_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
@@ -49,7 +50,7 @@ class ServedModel:
         self._store, self._host_cache, self._shared = parts.store, parts.host_cache, parts.shared
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
-        self.prefetching = Prefetching()
+        self.prefetching, self.host_computing = Prefetching(), HostComputing()
         self._deterministic = False
         record = dropout_record(self.model.config)
         self._keeps_order = record is not None and record.order == "nested"
@@ -265,6 +266,22 @@ class ServedModel:
                 self.model, self.blocks, self._shared, settings, self._context()
             )
 
+    def start_host_side(self, name: str) -> None:
+        """Compute misses in host memory where that is faster; `host_computing` tells whether.
+
+        Reads a few experts and measures both sides for half a second. Call this right after
+        loading.
+
+        Args:
+            name: A value of the setting `host_compute`.
+        """
+        blocks = self.blocks
+        with self._shared.lock:
+            self.host_computing.close(list(blocks.values()))
+            self.host_computing = start_host_side(
+                self.model, blocks, self._host_cache, self._shared.transfer.engine, name
+            )
+
     @contextmanager
     def watched(self, watcher: StepWatcher | None) -> Iterator[None]:
         """Let `watcher` follow steps in exact mode within the block, in place of prefetching."""
@@ -300,11 +317,18 @@ class ServedModel:
         with self._shared.lock:
             _refuse_substitution(self.policy)
             self._deterministic = True
+            self._fetch_all("deterministic answers do not depend on which experts have slots")
             if self._upgrades:
                 self._shared.on_step = None
                 self._upgrades.ignore_use()
                 self._settle()
                 self._upgrades.settle()
+
+    def _fetch_all(self, reason: str) -> None:
+        """Compute nothing in host memory from now on; the caller holds the lock."""
+        if self.host_computing.side is not None:
+            self.host_computing.close(list(self.blocks.values()))
+            self.host_computing = HostComputing(obstacle=reason)
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Change the mode and other fields of `Policy` from the next step on.
@@ -400,7 +424,11 @@ class ServedModel:
             blocks = self.blocks.values()
             missing = any(one.slot_table.num_slots < one.num_experts for one in blocks)
             prefetch = self.prefetching.as_dict(self.policy.mode, missing=missing)
-            return report_of(self._parts, self._budget) | {"prefetch": prefetch}
+            there = self.host_computing.as_dict()
+            return report_of(self._parts, self._budget) | {
+                "prefetch": prefetch,
+                "hybrid": there,
+            }
 
     def views(self) -> list[BlockView]:
         """Return the present state of every block, for display."""
@@ -465,6 +493,7 @@ class ServedModel:
                 hook.remove()
             for undo in self._undo_kernels:
                 undo()
+            self.host_computing.close(list(self.blocks.values()))
         self._shared.transfer.close()
         if self._host_cache is not None:
             self._host_cache.close()

@@ -23,6 +23,7 @@ class Counters:
     Args:
         hits: Accesses of resident experts.
         fetches: Accesses for which the expert was loaded.
+        computed_on_host: Accesses for which the expert was computed in host memory.
         substitutions: Experts that the router chose and others replaced.
         swaps: Experts that were swapped in.
         wait_seconds: Time that steps waited for loads.
@@ -36,6 +37,7 @@ class Counters:
 
     hits: int = 0
     fetches: int = 0
+    computed_on_host: int = 0
     substitutions: int = 0
     swaps: int = 0
     wait_seconds: float = 0.0
@@ -49,7 +51,7 @@ class Counters:
     @property
     def hit_rate(self) -> float:
         """Share of accesses that found their expert in memory; 1 without accesses."""
-        accesses = self.hits + self.fetches
+        accesses = self.hits + self.fetches + self.computed_on_host
         return self.hits / accesses if accesses else 1.0
 
     @property

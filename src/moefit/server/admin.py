@@ -45,6 +45,7 @@ from moefit.server.service import Service
 _COUNTERS = (
     "hits",
     "fetches",
+    "computed_on_host",
     "substitutions",
     "hit_rate",
     "substituted_mass",

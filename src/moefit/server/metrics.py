@@ -275,7 +275,12 @@ class ModelCollector:
             ("peak_process_bytes", "Peak memory of the process", report["peak_process_bytes"]),
         ):
             yield self._gauge(name, meaning, value)
-        outcomes = {"hit": "hits", "fetch": "fetches", "substitute": "substitutions"}
+        outcomes = {
+            "hit": "hits",
+            "fetch": "fetches",
+            "host": "computed_on_host",
+            "substitute": "substitutions",
+        }
         yield self._by(
             "expert_requests", "Expert requests by outcome", "outcome",
             {outcome: report[name] for outcome, name in outcomes.items()},

@@ -1,8 +1,7 @@
-"""What one expert of a layer costs on each side: a GPU behind a link, and the memory it lies in.
+"""What one expert costs on named hardware: `Costs` from published rates and a model's shape.
 
-The far side is the host's CPU or a processor near the memory. A cold expert is computed there, and
-its tokens travel; a hot one travels to the GPU and is computed there. `Hardware` has rates with
-their source; `expert_costs` turns them into seconds for a shape of experts.
+`Hardware` has rates with their source; `expert_costs` turns them into seconds for a shape of
+experts.
 
 Bytes of weights are matrices * d * width * bytes, those of a token's activations 2 * d * 2 (there
 and back, 16 bits): MoNDE (arXiv 2405.18832) compares these two.
@@ -10,7 +9,6 @@ and back, 16 bits): MoNDE (arXiv 2405.18832) compares these two.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moefit.errors import ConfigError, in_brief
+from moefit.serve.hybrid.costs import Costs
 from moefit.yaml_text import load_yaml
 
 T = TypeVar("T", bound=BaseModel)
@@ -104,38 +103,6 @@ class ExpertShape(BaseModel):
     def token_bytes(self) -> int:
         """Bytes of one token's activations, there and back."""
         return 2 * self.hidden_size * ACTIVATION_BYTES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Costs:
-    """Seconds (or any other unit) that experts take on each side.
-
-    Attributes:
-        load: Of one expert over the link.
-        gpu: Of an expert on the GPU: fixed, and per token.
-        far: Of an expert on the far side: fixed, and per token.
-        far_read: Part of an expert's fixed time on the far side that reads its weights; copies over
-            a shared memory slow it down.
-        activations: Of one token's activations, there and back.
-        shared: Share of the far side's bandwidth that a copy over the link takes, 0 to less than 1.
-        between: Of a layer beyond its experts, in which the link is idle.
-    """
-
-    load: float
-    gpu: tuple[float, float]
-    far: tuple[float, float]
-    far_read: float = 0.0
-    activations: float = 0.0
-    shared: float = 0.0
-    between: float = 0.0
-
-    def on_gpu(self, tokens: int) -> float:
-        """Return the time of an expert on the GPU."""
-        return max(self.gpu[0], self.gpu[1] * tokens)
-
-    def on_far_side(self, tokens: int) -> float:
-        """Return the time of an expert where it lies."""
-        return max(self.far[0], self.far[1] * tokens)
 
 
 def expert_costs(hardware: Hardware, shape: ExpertShape) -> Costs:

@@ -10,9 +10,10 @@ from random import Random
 
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.cache.slot_table import SlotTable
-from moefit.simulate.costs import Costs, ExpertShape
+from moefit.serve.hybrid.costs import Costs
+from moefit.serve.hybrid.rules import Rule, layer_time
+from moefit.simulate.costs import ExpertShape
 from moefit.simulate.routing import Ids, demand
-from moefit.simulate.rules import Rule, layer_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_served import MemoryStore, mixtral_block, parts_of
 
+from moefit.errors import DeviceError
 from moefit.quant.format import NativeFormat
 from moefit.serve.cache.host_cache import HostCache
 from moefit.serve.cache.slot import allocate_slot
@@ -164,6 +165,40 @@ def test_copy_waits_for_computation(
     transfer.load(BLOCK, 3, slot).result(30)
     assert {event[1] for event in cuda.events if event[0] == "order"} == {side}
     transfer.close()
+
+
+def test_activations_wait_for_computation(cuda: FakeCuda, monkeypatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
+    engine, x_TD = CudaCopies(torch.device("cuda")), torch.randn(2, 3)
+    ordered = engine.ordered()
+    found: list[torch.Tensor] = []
+
+    def move() -> None:
+        with ordered:
+            found.append(engine.to_host(x_TD))
+
+    thread = threading.Thread(target=move, name="host")
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], x_TD)
+    assert cuda.events == [
+        ("record", "event1", "main"),
+        ("order", "side of host", "event1"),
+        ("record", "event2", "side of host"),
+        ("wait", "event2"),
+    ]
+
+
+def test_device_that_disappears_is_named(cuda: FakeCuda, monkeypatch) -> None:
+    engine = CudaCopies(torch.device("cuda"))
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device is lost")
+
+    monkeypatch.setattr(engine, "_copy", gone)
+    with pytest.raises(DeviceError, match=r"cuda:1 failed .*device is lost.*--device cpu"):
+        engine.copy(engine.buffer(64), torch.zeros(64, dtype=torch.uint8))
 
 
 @pytest.mark.gpu

@@ -28,7 +28,8 @@ from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.io.loads import Transfer
 from moefit.serve.layer import executor
-from moefit.serve.layer.executor import ExpertInvoker, fused_experts
+from moefit.serve.layer.executor import ExpertInvoker
+from moefit.serve.layer.expert_executor import fused_experts
 from moefit.serve.stats import Counters
 from tests.serve.test_encoder_decoder_serving import switch
 

@@ -12,9 +12,9 @@ from moefit.cli.plan_tables import check_picture, save_figure
 from moefit.errors import ConfigError
 from moefit.evaluate.report import narrow_table
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
+from moefit.serve.hybrid.rules import RULES
 from moefit.simulate.costs import ExpertShape, expert_costs, find_hardware, find_shape, known
 from moefit.simulate.routing import Ids, Workload, random_routing, read_recording, steps_of
-from moefit.simulate.rules import RULES
 from moefit.simulate.timeline import Cache, Outcome, Simulation
 
 _FETCH_ALL = "fetch-all"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from moefit.quant.format import Format
 from moefit.serve.cache.scores import DecayedCounter
 from moefit.serve.cache.slot import Slot
 from moefit.serve.io.device_copy import CopyEngine
@@ -119,6 +120,11 @@ class HostTable:
         """Count one request; time passes by one request per held expert."""
         self._requests.add({key: 1.0}, 1 / len(self._entries))
 
+    def has(self, key: Key) -> bool:
+        """Return whether an expert is in a buffer, completely."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.complete
+
     def complete(self, lease: Lease) -> None:
         """Mark a fresh buffer as filled, so that others can lease it."""
         self._entries[lease.key].complete = True
@@ -153,6 +159,14 @@ class ExpertReader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class HeldExpert:
+    """An expert in host memory, which stays there until it is released."""
+
+    slot: Slot
+    lease: Lease
+
+
 class HostCache:
     """Fill slots from a cache in host memory, and the cache from `store`. Thread-safe.
 
@@ -169,7 +183,52 @@ class HostCache:
         self._store, self._engine = store, engine
         self._table = HostTable(limit)
         self._buffers: dict[int, Tensor] = {}
+        self._slots: dict[int, Slot] = {}  # over buffers, as they were last held
         self._changed = threading.Condition()
+
+    @property
+    def limit(self) -> int:
+        """Bytes of all buffers at most."""
+        return self._table.limit
+
+    def has(self, block: str, expert: int, format: Format) -> bool:
+        """Return whether an expert of this format is in host memory now."""
+        with self._changed:
+            return self._table.has((block, expert, format.name))
+
+    def hold(self, block: str, expert: int, like: Slot) -> HeldExpert | None:
+        """Keep an expert in host memory until `release`, to compute it there.
+
+        Args:
+            block: Name of the MoE block.
+            expert: Its index in the block.
+            like: A slot of its format.
+
+        Returns:
+            None if it is not there. Nothing is read.
+        """
+        key = (block, expert, like.format.name)
+        with self._changed:
+            lease = self._table.lease(key, like.nbytes) if self._table.has(key) else None
+            if lease is None:
+                return None
+            slot, buffer_B = self._slots.get(lease.buffer), self._buffers[lease.buffer]
+            if slot is None or slot.buffer_B is not buffer_B or not _alike(slot, like):
+                slot = self._slots[lease.buffer] = like.over(buffer_B)
+            return HeldExpert(slot, lease)
+
+    def release(self, held: HeldExpert) -> None:
+        """Let an expert that was held be evicted again."""
+        with self._changed:
+            self._table.release(held.lease)
+            self._changed.notify_all()
+
+    def warm(self, block: str, expert: int, like: Slot) -> None:
+        """Read an expert into host memory without copying it on. Raises what the store raises."""
+        lease = self._lease((block, expert, like.format.name), like.nbytes)
+        if lease.fresh:
+            self._fill(lease, block, expert, like)
+        self.release(HeldExpert(like, lease))
 
     def read(self, block: str, expert: int, into: Slot) -> None:
         """Fill a slot on the engine's device. Raises what the store raises."""
@@ -189,6 +248,7 @@ class HostCache:
                 self._changed.wait()
             for buffer in lease.dropped:
                 self._buffers.pop(buffer, None)  # absent if its allocation failed
+                self._slots.pop(buffer, None)
             return lease
 
     def _fill(self, lease: Lease, block: str, expert: int, like: Slot) -> None:
@@ -234,3 +294,8 @@ class HostCache:
         """Free all memory. No read may be in progress or follow."""
         with self._changed:
             self._buffers.clear()
+            self._slots.clear()
+
+
+def _alike(one: Slot, other: Slot) -> bool:
+    return one.format == other.format and one.specs is other.specs

@@ -96,6 +96,11 @@ class ExpertImportanceEstimator:
         """
         self._counter.add(weights, tokens)
 
+    @property
+    def relative(self) -> Mapping[int, float]:
+        """Scores times a common factor: enough to compare experts. Absent ones are zero."""
+        return self._counter.scaled
+
     def scores(self) -> list[float]:
         """Return the scores, indexed by expert."""
         return [self._counter.value(expert) for expert in range(self._num_experts)]

@@ -1,4 +1,4 @@
-"""Copy an expert's bytes from host memory into a slot, in order with the computation.
+"""Copy experts from host memory into slots, and activations both ways, in order with computing.
 
 A `CopyEngine` hides what differs between devices: host memory that a device can copy from, streams
 of the copying threads, and synchronization.
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moefit.errors import DeviceError, in_brief
 from moefit.serve.cache.slot import host_bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for all contexts
@@ -42,6 +43,17 @@ class CopyEngine(Protocol):
         """Copy, and return when the target is complete and the source may be overwritten."""
         ...
 
+    def to_host(self, x: Tensor) -> Tensor:
+        """Return a tensor's values in host memory, complete.
+
+        Call this on a copying thread, within a context from `ordered`.
+        """
+        ...
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Return values from host memory on the device, in order with the caller's computation."""
+        ...
+
     def settle(self) -> None:
         """Wait until the device has completed all requested work."""
         ...
@@ -64,6 +76,14 @@ class CpuCopies:
         """Copy on the calling thread."""
         with torch.inference_mode():  # the slot may have been allocated in it
             target_B.copy_(source_B)
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """Return the tensor: it is in host memory."""
+        return x
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Return the tensor: the host is the device."""
+        return x
 
     def settle(self) -> None:
         """Return at once: nothing runs asynchronously."""
@@ -112,12 +132,29 @@ class CudaCopies:
 
     def copy(self, source_B: Tensor, target_B: Tensor) -> None:
         """Copy on the thread's stream, and wait for it."""
+        with _device_errors(self._device):
+            self._copy(source_B, target_B)
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
         stream = self._stream()
         with torch.inference_mode(), torch.cuda.stream(stream):
-            target_B.copy_(source_B, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             done = torch.cuda.Event(blocking=True)  # no busy waiting
             done.record(stream)
         done.synchronize()
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """Copy to pinned memory on the thread's stream, and wait for it."""
+        with _device_errors(self._device):
+            # torch's pinned allocator, since these tensors are small and change in size.
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._copy(x, host)
+        return host
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Copy on the caller's stream; torch reuses pinned memory only once it has been read."""
+        with _device_errors(self._device):
+            return x.pin_memory().to(self._device, non_blocking=True)
 
     def settle(self) -> None:
         """Wait for all streams of the device."""
@@ -127,6 +164,18 @@ class CudaCopies:
         if not hasattr(self._own, "stream"):
             self._own.stream = torch.cuda.Stream(self._device)
         return self._own.stream
+
+
+@contextmanager
+def _device_errors(device: torch.device) -> Iterator[None]:
+    """Raise errors of the device, such as one that has disappeared, as DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{device} failed while experts or activations were copied ({in_brief(error)}); start "
+            "again once it is back, or serve on another device, such as --device cpu"
+        ) from error
 
 
 def _unpin(address: int) -> None:

@@ -32,7 +32,7 @@ class Transfer:
     """
 
     def __init__(self, source: ExpertReader, *, readers: int = 4, engine: CopyEngine | None = None):
-        self._source, self._engine = source, engine or CpuCopies()
+        self._source, self.engine = source, engine or CpuCopies()
         self.readers = readers
         self._lock = Lock()
         self.loads, self.load_seconds = 0, 0.0  # of successful loads
@@ -60,7 +60,7 @@ class Transfer:
             A future of the seconds that reading took.
         """
         pool = self._background if background else self._pool
-        ordered = self._engine.ordered()
+        ordered = self.engine.ordered()
         return pool.submit(self._fill, ordered, block, expert, slot, background=background)
 
     @property
@@ -74,7 +74,7 @@ class Transfer:
 
     def settle(self) -> None:
         """Wait until the device has completed all requested work."""
-        self._engine.settle()
+        self.engine.settle()
 
     def close(self) -> None:
         """Finish the loads in progress, and cancel the others."""

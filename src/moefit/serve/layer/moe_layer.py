@@ -28,6 +28,7 @@ from moefit.serve.cache.slot import Slot
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.cache.swaps import SharedState, StepWatcher, Swaps
 from moefit.serve.config import Mode, Policy
+from moefit.serve.hybrid.host_experts import HostExperts
 from moefit.serve.io.loads import wait_for_load
 from moefit.serve.layer.executor import ExpertInvoker
 from moefit.serve.layer.rerouting import (
@@ -144,6 +145,16 @@ class VirtualExperts(nn.Module):
         ):
             return None
         return self._invoke.addresses()
+
+    def compute_in_host(self, host: HostExperts | None) -> None:
+        """Compute part of the misses in host memory from now on, or none; hold the lock."""
+        self._invoke.host = host
+
+    def unused_slot(self) -> Slot | None:
+        """Return an empty slot, or a spare one, whose content nothing depends on."""
+        if self.slot_table.empty:
+            return self.slots[next(iter(self.slot_table.empty_slots))]
+        return next(iter(self.shared.spares.get(self.spares_key, ())), None)
 
     def begin_step(self) -> None:
         """Do what comes before each step of the model's first block; the caller holds the lock."""

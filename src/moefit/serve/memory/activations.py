@@ -9,7 +9,7 @@ import torch
 
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.quant.kv_int8 import bytes_per_row
-from moefit.serve.layer.executor import MAX_ROWS
+from moefit.serve.layer.expert_executor import MAX_ROWS
 
 # Pages of libraries and of the allocator that only computing touches. With torch's own products the
 # first forward and generate of a model of 50 kB were measured to raise the resident set by 60 to 75

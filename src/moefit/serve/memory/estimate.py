@@ -45,7 +45,7 @@ from moefit.serve.hf.quant_linear import decoded_bytes, largest_encoded, saved_b
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
 from moefit.serve.io.reader import ExpertStore
-from moefit.serve.layer.executor import fused_experts
+from moefit.serve.layer.expert_executor import fused_experts
 from moefit.serve.memory.activations import (
     FIRST_USE,
     KERNEL_FIRST_USE,

@@ -1,12 +1,14 @@
 """Which absent experts of a layer are fetched to the GPU; the others are computed where they lie.
 
 Each rule is a function from costs and the absent experts' tokens to the number of experts that are
-fetched, the hottest first. Plain Python; `layer_time` says what a division takes.
+fetched, the hottest first. Plain Python; `layer_time` says what a division takes, `layer_times` the
+same of all of them at once. Steps of a served model and `moefit simulate` use the same rules.
 """
 
 from collections.abc import Callable, Sequence
 
-from moefit.simulate.costs import Costs
+from moefit.errors import ConfigError
+from moefit.serve.hybrid.costs import Costs
 
 Rule = Callable[[Costs, Sequence[int], Sequence[int]], int]
 """(costs, tokens of absent experts in descending order, tokens of resident ones) -> fetched."""
@@ -34,9 +36,32 @@ def layer_time(
         gpu = max(gpu, copied) + costs.on_gpu(tokens)
     there = absent[fetched:]
     far = sum(map(costs.on_far_side, there))
-    if costs.shared and there:
+    if not there:
+        return gpu, 0.0
+    if costs.shared:
         far = _slowed(far, costs.far_read * len(there), copied, costs.shared)
-    return gpu, far + costs.activations * sum(there)
+    return gpu, costs.start + far + costs.activations * sum(there)
+
+
+def layer_times(
+    costs: Costs, absent: Sequence[int], resident: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Return `layer_time` of each number of fetched experts, 0 to all, in linear time."""
+    gpu, copied = sum(map(costs.on_gpu, resident)), 0.0
+    times = [costs.on_far_side(tokens) for tokens in absent]
+    far, tokens_there = sum(times), sum(absent)
+    found = list[tuple[float, float]]()
+    for fetched in range(len(absent) + 1):
+        there, time = len(absent) - fetched, far
+        if costs.shared:
+            time = _slowed(far, costs.far_read * there, copied, costs.shared)
+        far_time = costs.start + time + costs.activations * tokens_there if there else 0.0
+        found.append((gpu, far_time))
+        if there:
+            copied += costs.load
+            gpu = max(gpu, copied) + costs.on_gpu(absent[fetched])
+            far, tokens_there = far - times[fetched], tokens_there - absent[fetched]
+    return found
 
 
 def _slowed(alone: float, reading: float, copied: float, share: float) -> float:
@@ -105,9 +130,8 @@ def balanced(costs: Costs, absent: Sequence[int], resident: Sequence[int]) -> in
 
 def search(costs: Costs, absent: Sequence[int], resident: Sequence[int]) -> int:
     """Return the best of all numbers by `layer_time`, as DynaNDE's simulator does."""
-    return min(
-        range(len(absent) + 1), key=lambda number: max(layer_time(costs, absent, resident, number))
-    )
+    times = layer_times(costs, absent, resident)
+    return min(range(len(times)), key=lambda number: max(times[number]))
 
 
 RULES: dict[str, Rule] = {
@@ -118,3 +142,19 @@ RULES: dict[str, Rule] = {
     "balanced": balanced,
     "search": search,
 }
+
+AUTO_COMPUTE, FETCH_ALL, BEST = "auto", "fetch-all", "search"
+HOST_COMPUTE = (AUTO_COMPUTE, *RULES)
+"""Values of the setting `host_compute`; `auto` is the best rule."""
+
+
+def check_host_compute(name: str, *, on_cpu: bool) -> None:
+    """Raise ConfigError for an unknown rule, or for one on a CPU."""
+    if name not in HOST_COMPUTE:
+        raise ConfigError(f"host_compute={name!r} is not one of {', '.join(HOST_COMPUTE)}")
+    if on_cpu and name != AUTO_COMPUTE:
+        raise ConfigError(
+            f"host_compute={name!r} divides misses between a GPU and the host, but the device is a "
+            "CPU, which computes all experts where they lie; leave it out, or serve on a GPU "
+            "(device cuda)"
+        )

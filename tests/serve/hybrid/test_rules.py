@@ -4,8 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moefit.simulate.costs import Costs, ExpertShape, expert_costs, find_hardware, find_shape
-from moefit.simulate.rules import RULES, balanced, fiddler, layer_time, monde, search
+from moefit.errors import ConfigError
+from moefit.serve.hybrid.costs import Costs
+from moefit.serve.hybrid.rules import (
+    RULES,
+    balanced,
+    fiddler,
+    layer_time,
+    layer_times,
+    monde,
+    search,
+)
+from moefit.simulate.costs import ExpertShape, expert_costs, find_hardware, find_shape
 
 # Cycles per expert that DynaNDE's simulator publishes for FLAME-MoE-290M: a load, and two products.
 LOAD, PRODUCTS = 353_600, 20_089 + 20_088
@@ -82,13 +92,32 @@ def test_search_is_never_slower_and_all_are_in_range(absent, resident, numbers, 
         far_read=read,
         activations=0.01,
         shared=shared,
+        start=more / 2,
     )
     absent = sorted(absent, reverse=True)
     best = max(layer_time(costs, absent, resident, search(costs, absent, resident)))
+    for number, times in enumerate(layer_times(costs, absent, resident)):
+        assert times == pytest.approx(layer_time(costs, absent, resident, number))
     for rule in RULES.values():
         number = rule(costs, absent, resident)
         assert 0 <= number <= len(absent)
         assert best <= max(layer_time(costs, absent, resident, number)) + 1e-9
+
+
+def test_far_side_has_fixed_time_per_layer_only_if_it_computes() -> None:
+    costs = Costs(load=10, gpu=(1, 0), far=(3, 0), start=2)
+    assert layer_time(costs, [1, 1], [], 0) == (0, 8)
+    assert layer_time(costs, [1, 1], [], 2) == (21, 0)
+    assert search(Costs(load=3, gpu=(0, 0), far=(1, 0), start=5), [1], []) == 1
+
+
+@pytest.mark.parametrize(
+    "changed", [{"load": float("inf")}, {"far": (float("nan"), 0)}, {"start": -1}, {"shared": 1}]
+)
+def test_impossible_costs_are_refused(changed) -> None:
+    """A link without bandwidth takes for ever."""
+    with pytest.raises(ConfigError, match=r"but it must be below 1|bandwidths above zero"):
+        Costs(**({"load": 1, "gpu": (0, 0), "far": (1, 0)} | changed)).check()
 
 
 def test_costs_of_a_shape() -> None:
