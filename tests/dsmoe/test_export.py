@@ -340,3 +340,24 @@ def test_export_without_problems_does_not_warn(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_olmoe(exportable(), tmp_path / "out", experts_per_token=2)
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 2}, {"num_key_value_heads": 1}, {}])
+def test_heads_without_groups_compute_the_same(changes, tmp_path: Path):
+    model = exportable(**changes)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    export_olmoe(model, tmp_path / "out", experts_per_token=2, grouped=False)
+    loaded = stored(tmp_path / "out")
+    assert loaded.config.num_key_value_heads == model.config.num_attention_heads
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_olmoe_without_groups_computes_the_same(tmp_path: Path):
+    grouped = exportable(num_key_value_heads=2)
+    export_olmoe(grouped, tmp_path / "olmoe", experts_per_token=2)
+    export_olmoe(stored(tmp_path / "olmoe"), tmp_path / "out", experts_per_token=2, grouped=False)
+    torch.testing.assert_close(
+        logits(stored(tmp_path / "out")), logits(grouped), rtol=1e-4, atol=1e-4
+    )

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_gguf import OLMOE, VOCABULARY, configs
-from tiny_models import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -158,19 +157,6 @@ def test_tied_embeddings_are_written_twice(tmp_path):
     fields, tensors = stored(tmp_path / "model.gguf")
     np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
     assert fields["tokenizer.ggml.model"] == "no_vocab"
-
-
-def test_dsmoe_is_refused_with_what_works(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "dsmoe")
-    with pytest.raises(UnsupportedModelError, match=r"no graph for it, nor .* qk_norm=False"):
-        write_gguf(tmp_path / "dsmoe", tmp_path / "model.gguf")
-    simple = tiny_config(qk_norm=True, num_attention_experts=1, inference_rule="top_k:2")
-    with pytest.raises(UnsupportedModelError, match="--experts-per-token K"):
-        family_of(simple)
-    simple.inference_rule = "top_k:2:renormalize"
-    with pytest.raises(UnsupportedModelError, match="does not renormalise"):
-        family_of(simple)
-    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -11,14 +12,17 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from moefit.api import folder_of
+from moefit.checkpoint.config import config_from, read_config
 from moefit.checkpoint.pickled import convert_pickled
 from moefit.cli.app import Json, command, console, option, print_json, say
 from moefit.cli.options import Dtype, Model, torch_dtype
+from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.export import export_olmoe
-from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.remote_code import export_standalone
 from moefit.errors import ConfigError
 from moefit.evaluate.loading import load_full_model, locate
+from moefit.gguf.families import refuse_dsmoe
 from moefit.gguf.write import TYPES, write_gguf
 from moefit.moe.routing import Rule
 from moefit.serve.memory.budget import format_bytes
@@ -46,7 +50,8 @@ def export(
     experts_per_token: Annotated[
         int | None,
         option(
-            "With olmoe, required: number of experts that each token uses.",
+            "Number of experts that each token uses: required with olmoe, and with gguf for a "
+            "DS-MoE whose rule has none.",
             "--experts-per-token",
             "-k",
             min=1,
@@ -67,8 +72,9 @@ def export(
 ) -> None:
     """Check what is written: olmoe and dsmoe by the model's logits, gguf by its settings."""
     if format is FormatName.gguf:
-        _refuse_others("gguf", experts_per_token=experts_per_token, dtype=dtype)
-        _write_gguf(model, out, type or "f16", tokenizer is not False, as_json=as_json)
+        _refuse_others("gguf", dtype=dtype)
+        with _stock(model, experts_per_token) as folder:
+            _write_gguf(folder, out, type or "f16", tokenizer is not False, as_json=as_json)
         return
     _refuse_others(format.value, type=type, tokenizer=tokenizer)
     if format is FormatName.dsmoe:
@@ -122,8 +128,38 @@ def _write_standalone(model: str, out: Path, dtype: Dtype | None) -> None:
     )
 
 
-def _write_gguf(model: str, out: Path, type: str, with_tokenizer: bool, *, as_json: bool) -> None:
+@contextmanager
+def _stock(model: str, experts_per_token: int | None) -> Iterator[Path]:
+    """Yield a folder whose architecture llama.cpp may know: of a DS-MoE its form as OLMoE.
+
+    llama.cpp's OLMoE has no grouped heads, so that keys and values are repeated there.
+    """
     folder = folder_of(model)
+    register()
+    config = config_from(read_config(folder), folder) if folder.is_dir() else None
+    if not isinstance(config, DsMoeConfig):
+        _refuse_others("gguf", experts_per_token=experts_per_token)
+        yield folder
+        return
+    rule = Rule.parse(config.inference_rule)
+    if experts_per_token is None and rule.kind not in ("top_k", "dense"):
+        raise ConfigError(
+            "llama.cpp uses one number of experts for all tokens, and this model's rule is "
+            f"{rule}; give --experts-per-token K, and measure what that costs with moefit eval "
+            "--rule top_k:K"
+        )
+    k = experts_per_token or rule.k or config.num_experts
+    config.inference_rule = str(Rule(kind="top_k", k=k, renormalize=rule.renormalize))
+    refuse_dsmoe(config)
+    loaded, tokenizer = load_full_model(model)
+    loaded.set_inference_rule(Rule.parse(config.inference_rule))
+    with TemporaryDirectory(prefix="moefit-") as made:
+        path = Path(made) / folder.name
+        export_olmoe(loaded, path, experts_per_token=k, tokenizer=tokenizer, grouped=False)
+        yield path
+
+
+def _write_gguf(folder: Path, out: Path, type: str, with_tokenizer: bool, *, as_json: bool) -> None:
     with _writing() as progress:
         made = write_gguf(
             folder, out, type=type.lower(), with_tokenizer=with_tokenizer, progress=progress

@@ -6,8 +6,10 @@ it gets its final name.
 
 import copy
 import os
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +35,19 @@ _SHARED = (
     "rms_norm_eps", "attention_dropout", "rope_parameters", "use_cache", "pad_token_id",
     "bos_token_id", "eos_token_id",
 )  # fmt: skip
+_OF_KEYS_OR_VALUES = re.compile(r"\.self_attn\.(k_proj\.weight|v_proj\.weight|k_norm\.weight)$")
 
 
-def olmoe_config(config: DsMoeConfig | OlmoeConfig, experts_per_token: int) -> OlmoeConfig:
+def olmoe_config(
+    config: DsMoeConfig | OlmoeConfig, experts_per_token: int, *, grouped: bool = True
+) -> OlmoeConfig:
     """Return the configuration of a model as an OLMoE without tied embeddings.
 
     Args:
         config: The model's configuration. `renormalize` of its inference rule becomes
             `norm_topk_prob`.
         experts_per_token: K, which replaces that of the inference rule.
+        grouped: False gives each query head keys and values of its own.
 
     Raises:
         ConfigError: There are fewer than K experts.
@@ -52,7 +58,12 @@ def olmoe_config(config: DsMoeConfig | OlmoeConfig, experts_per_token: int) -> O
             f"experts_per_token={experts_per_token}, but the model has {config.num_experts} "
             f"experts; 1 to {config.num_experts} work"
         )
-    chosen = {"num_experts_per_tok": experts_per_token, "tie_word_embeddings": False}
+    chosen: dict[str, Any] = {
+        "num_experts_per_tok": experts_per_token,
+        "tie_word_embeddings": False,
+    }
+    if not grouped:
+        chosen["num_key_value_heads"] = config.num_attention_heads
     if isinstance(config, OlmoeConfig):
         return OlmoeConfig.from_dict(config.to_dict() | chosen)
     if problems := olmoe_incompatibilities(config, experts_per_token):
@@ -63,9 +74,7 @@ def olmoe_config(config: DsMoeConfig | OlmoeConfig, experts_per_token: int) -> O
     record = dropout_record(config)
     trained = {} if record is None else {KEY: record.as_dict()}
     return OlmoeConfig(
-        **{name: copy.deepcopy(getattr(config, name)) for name in _SHARED},
-        **trained,
-        **chosen,
+        **{name: copy.deepcopy(getattr(config, name)) for name in _SHARED} | trained | chosen,
         norm_topk_prob=Rule.parse(config.inference_rule).renormalize,
         router_aux_loss_coef=config.load_balancing_loss_coef,
     )
@@ -134,6 +143,7 @@ def export_olmoe(
     experts_per_token: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
+    grouped: bool = True,
 ) -> Path:
     """Write a model as an OLMoE checkpoint; the model does not change.
 
@@ -148,6 +158,8 @@ def export_olmoe(
         experts_per_token: K, which replaces that of the inference rule.
         tokenizer: Written with the model.
         dtype: Of the written weights; None for the model's own.
+        grouped: False repeats keys and values that query heads share, for engines without grouped
+            heads: the same function with a larger KV cache.
 
     Returns:
         The folder.
@@ -161,7 +173,7 @@ def export_olmoe(
         UserWarning: Another engine computes the model differently; see `olmoe_warnings`.
     """
     out_dir = Path(out_dir).resolve()
-    config = _checked_config(model, out_dir, experts_per_token, tokenizer)
+    config = _checked_config(model, out_dir, experts_per_token, tokenizer, grouped=grouped)
     olmoe = _olmoe_model(model, config, dtype)
     with atomic_folder(out_dir) as partial:
         olmoe.save_pretrained(partial)
@@ -178,6 +190,8 @@ def _checked_config(
     out_dir: Path,
     experts_per_token: int,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    grouped: bool,
 ) -> OlmoeConfig:
     """Return the configuration to write; raise and warn as `export_olmoe` does."""
     if not isinstance(model, DsMoeForCausalLM | OlmoeForCausalLM):
@@ -185,7 +199,7 @@ def _checked_config(
             f"a {type(model).__name__} cannot be written as OLMoE; a DsMoeForCausalLM and an "
             "OlmoeForCausalLM can (give the model itself, not a compiled or wrapped one)"
         )
-    config = olmoe_config(model.config, experts_per_token)
+    config = olmoe_config(model.config, experts_per_token, grouped=grouped)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
@@ -207,8 +221,9 @@ def _olmoe_model(
     """Return transformers' model with the weights, which have the same names in both."""
     with torch.device("meta"):
         olmoe = OlmoeForCausalLM(config)
+    heads, groups = config.num_key_value_heads, model.config.num_key_value_heads
     state = {
-        name: _rescaled(name, tensor.detach(), _scale(model)).to(
+        name: _with_heads(name, _rescaled(name, tensor.detach(), _scale(model)), groups, heads).to(
             device="cpu", dtype=dtype or tensor.dtype
         )
         for name, tensor in model.state_dict().items()
@@ -227,6 +242,21 @@ def _scale(model: DsMoeForCausalLM | OlmoeForCausalLM) -> float:
 
 def _rescaled(name: str, tensor: Tensor, factor: float) -> Tensor:
     return tensor * factor if name.endswith("experts.down_proj") and factor != 1.0 else tensor
+
+
+def _with_heads(name: str, tensor: Tensor, heads: int | None, wanted: int | None) -> Tensor:
+    """Return keys' or values' weights of `heads` heads for another number, by repeating heads.
+
+    A norm over all keys is the same, since each of its squares is repeated as often as others.
+    """
+    assert heads is not None
+    assert wanted is not None
+    if heads == wanted or not _OF_KEYS_OR_VALUES.search(name):
+        return tensor
+    split = tensor.unflatten(0, (heads, -1))
+    if wanted > heads:
+        return split.repeat_interleave(wanted // heads, 0).flatten(0, 1)
+    return split[:: heads // wanted].flatten(0, 1)
 
 
 def _check_written(
@@ -267,12 +297,18 @@ def _reference_model(
     """Return a model of the source's class with K experts per token, in float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):  # keep the caller's random state
         if isinstance(source, OlmoeForCausalLM):
-            reference = OlmoeForCausalLM(copy.deepcopy(config))
+            own = copy.deepcopy(config)
+            own.num_key_value_heads = source.config.num_key_value_heads
+            reference = OlmoeForCausalLM(own)
         else:
             k, renormalize = config.num_experts_per_tok, config.norm_topk_prob
             reference = DsMoeForCausalLM(copy.deepcopy(source.config))
             reference.set_inference_rule(Rule(kind="top_k", k=k, renormalize=renormalize))
-    state = {name: _rescaled(name, tensor, 1 / _scale(source)) for name, tensor in state.items()}
+    heads, groups = config.num_key_value_heads, source.config.num_key_value_heads
+    state = {
+        name: _with_heads(name, _rescaled(name, tensor, 1 / _scale(source)), heads, groups)
+        for name, tensor in state.items()
+    }
     reference.set_experts_implementation("eager")
     reference.load_state_dict(state, assign=True)
     return reference.eval()

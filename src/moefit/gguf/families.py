@@ -79,7 +79,11 @@ def family_of(config: Any) -> Family:
         UnsupportedModelError: It does not; the message names the nearest thing that works.
     """
     if isinstance(config, DsMoeConfig):
-        raise UnsupportedModelError(_refusal_of_dsmoe(config))
+        refuse_dsmoe(config)
+        raise UnsupportedModelError(
+            "a DS-MoE is written in its form as OLMoE: moefit export MODEL OUT --format gguf "
+            "--experts-per-token K"
+        )
     if config.model_type not in WRITABLE:
         raise UnsupportedModelError(
             f"{config.model_type!r} models cannot be written as GGUF; {', '.join(WRITABLE)} can. "
@@ -95,23 +99,25 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def _refusal_of_dsmoe(config: DsMoeConfig) -> str:
+def refuse_dsmoe(config: DsMoeConfig) -> None:
+    """Raise UnsupportedModelError if llama.cpp computes no form of a DS-MoE.
+
+    Its `olmoe` graph computes a DS-MoE with linear routers, SwiGLU experts and normalised queries
+    and keys, without attention experts. No graph of llama.cpp has the other parts: weights of
+    attention experts, routers of two layers, as many experts as a threshold chooses, or causal
+    models with GELU experts of two matrices (only `nomic-bert-moe`, an encoder, has those).
+    """
     problems = olmoe_incompatibilities(config, config.num_experts)
     if Rule.parse(config.inference_rule).renormalize:
         problems.append(
-            f"inference_rule={config.inference_rule!r}, but llama.cpp's OLMoE does not "
-            "renormalise: a rule without renormalize"
+            f"inference_rule={config.inference_rule!r}, but its graph with normalised queries and "
+            "keys does not renormalise: a rule without renormalize"
         )
-    begin = "a DS-MoE model cannot be written as GGUF, because llama.cpp has no graph for it"
     if problems:
-        return (
-            f"{begin}, nor for its form as OLMoE: {'; '.join(problems)}. Serve the model with "
-            "moefit instead"
+        raise UnsupportedModelError(
+            f"llama.cpp has no graph that computes this DS-MoE: {'; '.join(problems)}. Serve it "
+            "with moefit, or in transformers and vLLM with moefit export --format dsmoe"
         )
-    return (
-        f"{begin}; write it as OLMoE first (moefit export MODEL FOLDER --experts-per-token K), "
-        "then give that folder"
-    )
 
 
 def _differences(config: Any, family: Family) -> list[str]:
