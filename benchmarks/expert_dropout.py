@@ -13,7 +13,8 @@ library):
   the base's, also by inference rule (`--rules`, of DS-MoE models), and with few experts per layer,
   chosen as for `fixed` below;
 - with few experts: step by step over `--tokens`, as a server decodes, with a share of each layer's
-  experts in memory, against the same model with all of them. `fixed` is virtual mode without swaps:
+  experts in memory, against the same model with all of them. `bounded-0.6` is bounded mode that may
+  substitute 60% of a token's router weight. `fixed` is virtual mode without swaps:
   the residents are the first ones of the order that the model records, or, where it records none,
   the most important ones of other windows of the same text;
 - with `--formats`: `fixed` with experts in these formats, all and a third of them, against the same
@@ -56,14 +57,29 @@ from moefit.train.memory.expert_dropout import AllowedExperts, first_experts, me
 from moefit.train.run_folder import CONFIG
 
 SHARES = (1.0, 0.5, 1 / 3, 0.25, 0.125)
-SETTINGS = ("expert_dropout", "loss", "optimizer", "steps", "batch_size", "seq_len", "seed")
+SETTINGS = (
+    "expert_dropout",
+    "budget_aware",
+    "rounding",
+    "loss",
+    "optimizer",
+    "steps",
+    "batch_size",
+    "seq_len",
+    "seed",
+)
 DEFAULT_MODES = "exact,bounded,virtual"  # `fixed` is in the passes over whole windows
-MODES: dict[str, dict[str, Any]] = {
-    "exact": {"mode": "exact"},
-    "bounded": {"mode": "bounded"},
-    "virtual": {"mode": "virtual"},
-    "fixed": {"mode": "virtual"},
-}
+
+
+def mode_settings(mode: str) -> dict[str, Any]:
+    """Return the settings of a mode, such as `fixed` or `bounded-0.6`.
+
+    >>> mode_settings("bounded-0.6")
+    {'mode': 'bounded', 'bound': 0.6}
+    """
+    name, _, bound = mode.partition("-")
+    settings: dict[str, Any] = {"mode": "virtual" if name == "fixed" else name}
+    return {**settings, "bound": float(bound)} if bound else settings
 
 
 def main() -> None:
@@ -296,7 +312,7 @@ def measured(subject: Subject, format_: str, mode: str, share: float) -> dict[st
     ids_T = torch.cat(subject.calibration)
     context = len(ids_T) if mode == "fixed" else subject.context
     own = nullcontext() if format_ == "native" else subject.load(mode="exact")
-    settings = {"context": context, "precision": format_, **MODES[mode]}
+    settings = {"context": context, "precision": format_, **mode_settings(mode)}
     with own as reference, subject.load(**settings) as served:
         counts = [max(1, round(share * one.num_experts)) for one in served.blocks.values()]
         served.set_memory(served.budget.total_for_slots(counts))
@@ -349,29 +365,52 @@ def _shown(value: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the losses with few experts, and a panel for each mode that was measured."""
+    """Draw the losses with few experts, a panel for each mode, and losses over bytes at a third."""
     measured = {point["mode"] for result in results.values() for point in result["mean"]["points"]}
     modes = [mode for mode in ("virtual", "bounded", "exact") if mode in measured]
-    figure = Figure(figsize=(4.3 * (1 + len(modes)), 4.2), layout="constrained")
-    panels = figure.subplots(1, 1 + len(modes), squeeze=False)[0]
+    third = [1] if "exact" in modes else []
+    panels = 1 + len(modes) + len(third)
+    figure = Figure(figsize=(4.3 * panels, 4.2), layout="constrained")
+    axes_of = figure.subplots(1, panels, squeeze=False)[0]
     for name, result in results.items():
         few = result["mean"]["few"].items()
         experts = int(result["seeds"][0]["full_memory"]["experts"])
-        _line(panels[0], name, [(100 * int(n) / experts, one["loss"], 100) for n, one in few])
-        for axes, mode in zip(panels[1:], modes, strict=True):
+        _line(axes_of[0], name, [(100 * int(n) / experts, one["loss"], 100) for n, one in few])
+        for axes, mode in zip(axes_of[1:], modes, strict=False):
             key, scale = ("bytes_per_token", 1 / 1024) if mode == "exact" else ("loss", 100)
             points = [one for one in result["mean"]["points"] if one["format"] == "native"]
             line = [one for one in points if one["mode"] == mode]
             _line(axes, name, [(100 * one["share"], one[key], scale) for one in line])
-    for axes, title in zip(panels, ("fixed, one pass per window", *modes), strict=True):
+        for _ in third:
+            _draw_bytes(axes_of[-1], name, result["mean"])
+    titles = ("fixed, one pass per window", *modes, *("a third: exact and bounded" for _ in third))
+    for axes, title in zip(axes_of, titles, strict=True):
         axes.set_title(title)
-        axes.set_xlabel("experts in memory, %")
+        axes.set_xlabel("KiB per token" if title.startswith("a third") else "experts in memory, %")
         axes.set_ylabel("KiB per token" if title == "exact" else "perplexity above all experts, %")
         axes.grid(alpha=0.3)
         if title not in ("bounded", "exact"):
             axes.set_yscale("symlog", linthresh=5)
-    panels[0].legend(fontsize=8)
+    if third:
+        axes_of[-1].set_ylabel("perplexity above the base in full memory, %")
+        axes_of[-1].set_xlim(left=0)
+    axes_of[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _draw_bytes(axes: Any, name: str, means: dict[str, Any]) -> None:
+    """Draw what a third of the experts costs beside the base in full memory, over what it reads."""
+    found = sorted(
+        (
+            one["bytes_per_token"]["mean"] / 1024,
+            100 * ((1 + means["to_base"]["mean"]) * (1 + one["loss"]["mean"]) - 1),
+        )
+        for one in means["points"]
+        if one["format"] == "native"
+        and abs(one["share"] - 1 / 3) < 1e-3
+        and one["mode"].startswith(("exact", "bounded"))
+    )
+    axes.plot(*zip(*found, strict=True), "o-", ms=4, label=name)
 
 
 def _line(axes: Any, name: str, points: list[tuple[float, dict[str, Any], float]]) -> None:

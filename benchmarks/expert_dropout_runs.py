@@ -44,6 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "loss": {"mlp_mi": 0.01, "mi_ramp": [0.3, 0.6]},
     },
 }
+# For a busy machine: a fifth of the computation.
+_SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MODELS |= {
+    f"small-{name}": {**one, "model": {**one["model"], **_SMALL}} for name, one in MODELS.items()
+}
 NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
 MIXED_BITS = {"formats": ["int2", "int3", "int4"], "begin": 0.8}
 # `begin` is where a recipe leaves the base: by default where expert dropout begins.
