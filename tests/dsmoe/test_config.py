@@ -120,6 +120,12 @@ def test_dense_model_rejects_top_2() -> None:
     assert "the most that works is top_k:1" in message(num_experts=1, training_rule="top_k:2")
 
 
+@pytest.mark.parametrize("changes", [{"num_experts": 1}, {"num_hidden_layers": 1}])
+def test_pregated_models_have_something_to_choose_for(changes) -> None:
+    said = message(pregated=True, **changes)
+    assert "pregated=True lets a block choose" in said and "pregated=false" in said
+
+
 def test_config_error_is_value_error() -> None:
     with pytest.raises(ValueError, match="num_experts=0"):
         DsMoeConfig(num_experts=0)
@@ -142,6 +148,7 @@ def test_sizes_must_be_integers(value) -> None:
         ("rms_norm_eps", [0, "1e-6", [1e-6]], "a number above 0"),
         ("attention_dropout", [1, -0.1, "0.1"], "a number of at least 0 and below 1"),
         ("qk_norm", [1, "true", None], "true or false"),
+        ("pregated", [1, "yes"], "true or false"),
         ("use_cache", ["no"], "true or false"),
         ("output_router_logits", [0], "true or false"),
         ("tie_word_embeddings", ["yes"], "true or false"),

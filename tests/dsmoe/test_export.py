@@ -191,6 +191,7 @@ IMPOSSIBLE = {
     "mlp_type": "gelu",
     "router_hidden_size": 6,
     "qk_norm": False,
+    "pregated": True,
     "inference_rule": "threshold:0.5",
 }
 
@@ -204,6 +205,7 @@ def test_all_incompatibilities_are_named(tmp_path: Path) -> None:
         "mlp_type='gelu', but its experts have three matrices: 'swiglu'",
         "router_hidden_size=6, but its router is linear: null",
         "qk_norm=False, but it always normalises queries and keys: True",
+        "pregated=True, but its routers are given their own block's inputs: false",
         "head_dim=4 times num_attention_heads=2, but its heads divide hidden_size=16: head_dim=8",
         "inference_rule='threshold:0.5', but it has one K",
         "set_inference_rule('top_k:4')",

@@ -22,8 +22,11 @@ PAPER = {
     "tie_word_embeddings": True,
 }
 OLMOE_SHAPED = {"qk_norm": True, "num_key_value_heads": 2}
+PREGATED = {"pregated": True, "num_hidden_layers": 3, "qk_norm": True}
 SHAPES = pytest.mark.parametrize(
-    "shape", [PLAIN, PAPER, OLMOE_SHAPED], ids=["plain", "paper", "olmoe"]
+    "shape",
+    [PLAIN, PAPER, OLMOE_SHAPED, PREGATED],
+    ids=["plain", "paper", "olmoe", "pregated"],
 )
 RULES = (
     "dense",
@@ -126,6 +129,22 @@ def test_every_rule_equals_the_reference_loop(shape: dict, rule: str) -> None:
         logits.square().mean().backward()
         results.append((logits.detach(), gradients(model)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_pregated_routers_are_given_what_the_block_before_is() -> None:
+    """The first block has two routers' inputs, the last block's experts are chosen before it."""
+    model, ids = tiny_model(**PREGATED, inference_rule="top_k:2"), tokens(2, 9)
+    given: list[Tensor] = []
+    for block in (one for one in model.modules() if isinstance(one, DsMoeBlock)):
+        block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        found = model(ids, output_router_logits=True).router_logits
+    before = [given[0], *given[:-1]]
+    for layer, x_BTD, logits in zip(model.model.layers, before, found, strict=True):
+        torch.testing.assert_close(layer.mlp.gate(x_BTD.flatten(0, 1)), logits)
+    plain = tiny_model(**(PREGATED | {"pregated": False}))
+    plain.load_state_dict(model.state_dict())  # the same names and shapes
+    assert (logits_of(plain, ids) - logits_of(model, ids)).abs().max() > 0.01
 
 
 @SHAPES
@@ -287,7 +306,7 @@ def test_gradient_checkpointing_keeps_gradients(shape: dict) -> None:
             model.activation_checkpointing_enable()
             assert model.is_activation_checkpointing
         output = model(ids, labels=ids)
-        assert len(output.router_logits) == 2
+        assert len(output.router_logits) == model.config.num_hidden_layers
         output.loss.backward()
         results.append((output.loss.detach(), gradients(model)))
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)

@@ -24,6 +24,7 @@ MODELS = {
     "scaled": {"routed_scaling_factor": 3.0, "inference_rule": "top_k:3:renormalize"},
     "batched": {**MOA, "inference_rule": "threshold_top_k:0.8"},
     "grap": {"router_type": "grap", "num_experts": 4, "inference_rule": "top_k:1"},
+    "pregated": {"pregated": True, "num_hidden_layers": 3, "inference_rule": "top_k:2"},
     "single": {"num_experts": 1, "qk_norm": True, "tie_word_embeddings": True},
 }
 WITHOUT_MOEFIT = """

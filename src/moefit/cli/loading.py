@@ -37,6 +37,7 @@ from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes, part_l
 from moefit.serve.memory.estimate import InitialFormats, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
+from moefit.serve.prediction.prefetch import PREGATED
 from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
@@ -129,7 +130,9 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
     """Say what the model takes, and what would make it faster."""
     say(_summary(served, options.experts))
     obstacle = served.report()["prefetch"]["obstacle"]
-    if obstacle and options.prefetch is not PrefetchName.off:
+    if served.prefetching.setting == PREGATED and not obstacle:
+        say("pre-gated: the experts of each layer are read while the layer before is computed")
+    elif obstacle and options.prefetch is not PrefetchName.off:
         say(f"note: --prefetch {options.prefetch.value} has no effect: {obstacle}")
     if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
         say(trained)

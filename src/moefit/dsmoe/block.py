@@ -167,6 +167,7 @@ class DsMoeBlock(nn.Module):
         rule: Rule,
         real_T: Tensor | None,
         allowed_BE: Tensor | None = None,
+        gate_BTD: Tensor | None = None,
     ) -> Tensor:
         """Compute the block.
 
@@ -175,21 +176,23 @@ class DsMoeBlock(nn.Module):
             rule: Which experts are used.
             real_T: False for padding tokens; None if there are none.
             allowed_BE: False for experts that a sequence may not use; None to allow all.
+            gate_BTD: What the router is given; None for the hidden states.
 
         Returns:
             Output [B, T, D].
         """
         x_TD = x_BTD.flatten(0, 1)
+        gate_TD = x_TD if gate_BTD is None else gate_BTD.flatten(0, 1)
         if self.gate is None:
             ids_TK = x_TD.new_zeros((x_TD.shape[0], 1), dtype=torch.long)
             routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
         elif allowed_BE is not None:
             allowed_TE = allowed_BE.repeat_interleave(x_BTD.shape[1], dim=0)
-            routing = route_allowed(self.gate(x_TD), allowed_TE, rule, real_T)
+            routing = route_allowed(self.gate(gate_TD), allowed_TE, rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         else:
             # A shape that depends on scores would break torch.compile's graph in training.
             choose = masked_route if self.training and rule.kind == "threshold" else route
-            routing = choose(self.gate.scores(x_TD), rule, real_T)
+            routing = choose(self.gate.scores(gate_TD), rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)

@@ -30,7 +30,7 @@ SIZES = (
     "max_position_embeddings",
     *NULLABLE,
 )
-FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
+FLAGS = ("qk_norm", "pregated", "use_cache", "output_router_logits", "tie_word_embeddings")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _Bound = tuple[Callable[[float], bool], str]
 _AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number of at least 0")
@@ -58,6 +58,9 @@ class DsMoeConfig(PreTrainedConfig):
         mlp_type: `gelu` (two matrices, as in the paper) or `swiglu` (three).
         router_type: Of MLP experts: `linear`, or `grap`, LocMoE's grouped average pooling, which
             has no weights; `num_experts` then divides `hidden_size`.
+        pregated: Whether the router of each block but the first is given the inputs of the block
+            before, so that its experts are known one block early (Pre-gated MoE, arXiv
+            2308.12066). Weights have the same names and shapes either way.
         router_hidden_size: Hidden width of a two-layer router; None for a linear router.
         routed_scaling_factor: Factor on the MLP experts' weights (DeepSeek's name). It compensates
             for scores that start at 1 / E.
@@ -84,6 +87,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
+    pregated: bool = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0
@@ -163,6 +167,12 @@ class DsMoeConfig(PreTrainedConfig):
         )
 
     def _check_router(self) -> None:
+        _require(
+            not self.pregated or (self.num_experts > 1 and self.num_hidden_layers > 1),
+            f"pregated=True lets a block choose the experts of the next one, but num_experts="
+            f"{self.num_experts} and num_hidden_layers={self.num_hidden_layers}; give both 2 or "
+            "more, or pregated=false",
+        )
         _require(
             self.router_type in ("linear", "grap"),
             f"router_type={self.router_type!r} is unknown; use 'linear' or 'grap'",

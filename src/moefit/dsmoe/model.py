@@ -54,6 +54,7 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = DsMoeBlock(config)
         self.input_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pregated = config.pregated
 
     def forward(
         self,
@@ -62,11 +63,18 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         rule: Rule,
         real_T: Tensor | None,
         allowed_BE: Tensor | None = None,
+        gate_BTD: Tensor | None = None,
         **kwargs,
-    ) -> Tensor:
-        """Compute the layer; arguments as for `DsMoeAttention` and `DsMoeBlock`."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the layer; arguments as for `DsMoeAttention` and `DsMoeBlock`.
+
+        Returns:
+            The output; in pre-gated models also the block's inputs, which the next router is given.
+        """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rule=rule, **kwargs)[0]
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T, allowed_BE)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        y_BTD = x_BTD + self.mlp(h_BTD, rule, real_T, allowed_BE, gate_BTD)
+        return (y_BTD, h_BTD) if self.pregated else y_BTD
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
@@ -176,9 +184,13 @@ class DsMoeModel(DsMoePreTrainedModel):
             "attention_mask": causal_mask,
             CACHE_NAME: cache,
         }
+        if self.config.pregated:
+            kwargs["gate_BTD"] = None  # the first router is given its own block's inputs
         for index, layer in enumerate(self.layers):
             allowed_BE = None if allowed_LBE is None else allowed_LBE[index]
             x_BTD = layer(x_BTD, **shared, allowed_BE=allowed_BE, **kwargs)
+            if self.config.pregated:
+                x_BTD, kwargs["gate_BTD"] = x_BTD
         named: dict[str, Any] = {CACHE_NAME: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **named)
 

@@ -29,6 +29,7 @@ from moefit.moe.locality import routing_locality_loss
 from moefit.train.data.batches import model_inputs, windows
 from moefit.train.memory.budget_aware import BudgetAware
 from moefit.train.memory.expert_dropout import AllowedExperts
+from moefit.train.memory.pregated import GateTeacher
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import Parallelism, Single
@@ -180,6 +181,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
     compile: bool,
     locality: float = 0.0,
     budget: BudgetAware | None = None,
+    teacher: GateTeacher | None = None,
     allowed: AllowedExperts | None = None,
     distill: bool = False,
     total: Total = identity,
@@ -197,6 +199,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         compile: Whether to use torch.compile.
         locality: Weight of `routing_locality_loss`, summed over layers.
         budget: Adds the loss on choices that a server with few slots would fetch.
+        teacher: Adds the loss that keeps pre-gated routers near those that they replace.
         allowed: Limits which experts each sequence may use.
         distill: Whether sequences with few experts are computed twice: with all experts, where the
             text is the target, and with few, where the prediction with all experts is.
@@ -233,6 +236,8 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
             router = router + locality * sum(map(routing_locality_loss, by_sequence))
         if budget is not None:
             router = router + budget.loss(by_sequence)
+        if teacher is not None:
+            router = router + teacher.loss(mlp_logits)
         if nodes is not None:
             router = router + nodes.loss(mlp_logits)
         return lm_loss, router, mlp_logits, attention_logits

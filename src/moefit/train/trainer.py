@@ -39,6 +39,7 @@ from moefit.train.memory.expert_dropout import (
     set_held_out_loss,
     set_record,
 )
+from moefit.train.memory.pregated import GateTeacher
 from moefit.train.memory.rounding import Rounding
 from moefit.train.model import (
     attention_implementation,
@@ -101,6 +102,7 @@ class Trainer:
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.dropout = ExpertDropout.of(config, self.model)
         self.budget = BudgetAware.of(config, self.model)
+        self.teacher = GateTeacher.of(config, self.model)
         self.rounding = Rounding.of(config, self.model, self.processes.size)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -145,6 +147,7 @@ class Trainer:
                 compile=self.config.compile,
                 locality=self.config.loss.routing_locality,
                 budget=self.budget,
+                teacher=self.teacher,
                 allowed=self.allowed,
                 distill=self.dropout is not None and self.dropout.settings.self_distillation,
                 total=self.parallel.total,

@@ -213,6 +213,30 @@ def test_both_sides_work_at_the_same_time(make, monkeypatch) -> None:
     assert computed.is_set()
 
 
+def test_reading_begins_once_a_few_residents_are_computed(make, monkeypatch) -> None:
+    """Every slot holds an expert of the step; two readers wait for two of them."""
+    layer = make(5, "fetch-all").warm()
+    rows_TK = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    layer(torch.randn(3, WIDTH), Routing(rows_TK, torch.ones(3, 2)))
+    assert set(layer.table.residents) == set(range(5))
+    executor = layer.invoke._executor
+    assert executor is not None
+    sizes, outputs = [], executor.outputs
+
+    def noted(x_TD: Tensor, batch: Any, *rest: Any) -> None:
+        sizes.append(len(batch))
+        if len(sizes) == 2:
+            assert layer.link.waiting.wait(30), "nothing is being read"
+            layer.link.open.set()
+        outputs(x_TD, batch, *rest)
+
+    monkeypatch.setattr(executor, "outputs", noted)
+    layer.link.open.clear()
+    more_TK = torch.tensor([[0, 1], [2, 3], [4, 6]])
+    layer(torch.randn(3, WIDTH), Routing(more_TK, torch.ones(3, 2)))
+    assert sizes == ([2, 3, 1] if executor.fused(layer.slots.values()) else [1] * 6)
+
+
 def test_lost_device_ends_the_host_work(make, monkeypatch) -> None:
     layer, ended = make(2, lambda *_: 2).warm(), []
     outputs = layer.host._executor.outputs

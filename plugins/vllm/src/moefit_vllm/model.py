@@ -170,5 +170,10 @@ def _refuse_untested(config, vllm_config: VllmConfig) -> None:
         )
     if vllm_config.quant_config is not None:
         raise ValueError("DS-MoE in vLLM computes in 16 or 32 bits; leave quantization out")
+    if getattr(config, "pregated", False):
+        raise ValueError(
+            "pregated=True; routers of DS-MoE in vLLM are given their own block's inputs: serve "
+            "the model with moefit, or train it with pregated: false"
+        )
     if config.router_type != "linear":
         raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")

@@ -46,6 +46,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
+    pregated: bool = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0
@@ -216,13 +217,13 @@ class DsMoeBlock(nn.Module):
         self.scale = config.routed_scaling_factor
         self.experts = DsMoeExperts(config)
 
-    def forward(self, x_BTD, rule, real_T):
+    def forward(self, x_BTD, rule, real_T, gate_BTD):
         """Return the output [B, T, D]."""
         x_TD = x_BTD.flatten(0, 1)
         if self.gate is None:
             weights_TE = x_TD.new_ones((len(x_TD), 1), dtype=torch.float32)
         else:
-            weights_TE = rule.weights(self.gate(x_TD), real_T) * self.scale
+            weights_TE = rule.weights(self.gate(gate_BTD.flatten(0, 1)), real_T) * self.scale
         return self.experts(x_TD, weights_TE).view_as(x_BTD)
 
 
@@ -236,11 +237,15 @@ class DsMoeDecoderLayer(nn.Module):
         self.input_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD, rule, real_T, positions, mask, cache):
-        """Return the output [B, T, D]."""
+    def forward(  # noqa: PLR0913 - what a layer is given
+        self, x_BTD, gate_BTD, rule, real_T, positions, mask, cache
+    ):
+        """Return the output and the experts' input [B, T, D]; `gate_BTD` None: the router's too."""
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), rule, positions, mask, cache)
         x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), rule, real_T)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        gate_BTD = h_BTD if gate_BTD is None else gate_BTD
+        return x_BTD + self.mlp(h_BTD, rule, real_T, gate_BTD), h_BTD
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
@@ -281,8 +286,10 @@ class DsMoeModel(DsMoePreTrainedModel):
             real_T = attention_mask[:, -x_BTD.shape[1] :].flatten().bool()
         positions = self.rotary_emb(x_BTD, position_ids)
         rule = Rule(self.config.inference_rule)
+        gate_BTD = None
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rule, real_T, positions, mask, cache)
+            x_BTD, h_BTD = layer(x_BTD, gate_BTD, rule, real_T, positions, mask, cache)
+            gate_BTD = h_BTD if self.config.pregated else None
         return self.norm(x_BTD)
 
 

@@ -180,7 +180,8 @@ class ExpertInvoker:
 
         Args:
             demand: The experts of this step.
-            together: Yield all residents as one batch instead of one by one.
+            together: Yield all residents as one batch instead of one by one; a few of them first
+                where loads wait for their slots.
         """
         loads = self._take(demand.rows)
         work: HostWork | None = None
@@ -198,8 +199,10 @@ class ExpertInvoker:
             while remaining:
                 self._start_loads(to_load, loads, protected=set(remaining))
                 size = max(1, num_resident) if together else 1
+                if to_load and not loads:  # every slot holds an expert of this step: free some
+                    size = min(size, self._transfer.readers)
                 batch = [remaining.popleft() for _ in range(size)]
-                num_resident = 0
+                num_resident = max(0, num_resident - size)
                 for expert in batch:
                     if expert in loads:
                         loads.pop(expert).commit(self._slot_table, self._counters)

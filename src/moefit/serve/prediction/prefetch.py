@@ -24,13 +24,19 @@ from transformers import PreTrainedModel
 
 from moefit.moe.routing import Routing
 from moefit.serve.cache.swaps import SharedState
-from moefit.serve.config import AUTO_PRECISION, LoadSettings, Mode, Prefetch
+from moefit.serve.config import AUTO_PRECISION, LoadSettings, Mode
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.prediction.guesses import Confidence, Reading, Trial, choose, margins
 from moefit.serve.prediction.next_router import NextRouter, Predictor
+from moefit.serve.prediction.pregated import EarlyReader, PreGates, is_pregated
 
 MOST_TOKENS = 32  # of a step; more choose nearly all experts
 UNLIKELY = 0.1  # confidence up to which a guess may displace a resident
+PREGATED = "pregated"  # in place of the setting, for models that know the next block's experts
+_FORMATS_DEPEND = (
+    "under precision auto the formats of slots would depend on what was guessed; give one "
+    "precision, such as int4"
+)
 _LOG = logging.getLogger(__name__)
 _KEEP = 0.9  # of the mean window of a block, per step
 
@@ -204,15 +210,16 @@ class Prefetching:
     """Whether a served model prefetches.
 
     Attributes:
-        setting: As given.
-        predictor: The next router; None if no experts can be predicted.
+        setting: As given, or `pregated`.
+        predictor: The next router, or that of a pre-gated model; None if no experts can be
+            predicted.
         prefetcher: At work; None if there is an obstacle.
         obstacle: Why nothing is prefetched in any mode; empty if something may be.
     """
 
-    setting: Prefetch = "off"
-    predictor: NextRouter | None = None
-    prefetcher: Prefetcher | None = None
+    setting: str = "off"
+    predictor: Predictor | None = None
+    prefetcher: Prefetcher | EarlyReader | None = None
     obstacle: str = "it is off"
 
     def budget_changed(self) -> None:
@@ -255,6 +262,8 @@ def start_prefetching(
         settings: With which the model was loaded.
         context: The largest number of tokens in a step; None for any.
     """
+    if is_pregated(model):
+        return _read_early(model, blocks, shared, settings)
     if (obstacle := _obstacle(model, blocks, settings)) is not None:
         return Prefetching(setting=settings.prefetch, obstacle=obstacle)
     predictor = NextRouter.of(model, blocks, context)
@@ -272,6 +281,21 @@ def start_prefetching(
     )
 
 
+def _read_early(
+    model: PreTrainedModel,
+    blocks: Mapping[str, VirtualExperts],
+    shared: SharedState,
+    settings: LoadSettings,
+) -> Prefetching:
+    """Let a pre-gated model read its experts early, whatever the setting: nothing is guessed."""
+    if settings.precision == AUTO_PRECISION:
+        return Prefetching(setting=PREGATED, obstacle=_FORMATS_DEPEND)
+    gates = PreGates(model, list(blocks.values()))
+    reader = EarlyReader(list(blocks.values()), shared, gates)
+    shared.watcher = reader
+    return Prefetching(setting=PREGATED, predictor=gates, prefetcher=reader, obstacle="")
+
+
 def _obstacle(
     model: PreTrainedModel, blocks: Mapping[str, VirtualExperts], settings: LoadSettings
 ) -> str | None:
@@ -283,8 +307,5 @@ def _obstacle(
     if model.config.is_encoder_decoder:
         return "the experts of encoder-decoders are not predicted"
     if settings.precision == AUTO_PRECISION:
-        return (
-            "under precision auto the formats of slots would depend on what was guessed; give one "
-            "precision, such as int4"
-        )
+        return _FORMATS_DEPEND
     return None

@@ -1,0 +1,90 @@
+"""Teach pre-gated routers the choice of the routers that they replace.
+
+A fine-tune from a model whose routers are given their own block's inputs begins with these routers,
+given the inputs of the block before. A loss keeps their choice near the one that the old routers,
+frozen, make from the block's own inputs: the mean over tokens of KL(old || new), summed over blocks
+(as ReMoE's gate-only fine-tune does, arXiv 2605.27081).
+
+Shapes: B sequences, T tokens, D model width, E experts.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from moefit.dsmoe.block import DsMoeBlock, DsMoeRouter
+from moefit.errors import ConfigError
+from moefit.train.config import TrainConfig
+
+
+class GateTeacher:
+    """The old routers, frozen, and what their blocks are given in the present pass.
+
+    Args:
+        model: A pre-gated model with the weights that training begins with.
+        weight: Of the loss.
+    """
+
+    def __init__(self, model: nn.Module, weight: float):
+        blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
+        self.weight = weight
+        self._old: list[DsMoeRouter] = []
+        self._inputs: dict[int, Tensor] = {}
+        for number, block in enumerate(blocks):
+            assert block.gate is not None
+            self._old.append(copy.deepcopy(block.gate).requires_grad_(False))
+            block.register_forward_pre_hook(self._hook(number))
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: PreTrainedModel) -> Self | None:
+        """Return the teacher of a run; None if it has none. Call this before the first step.
+
+        Raises:
+            ConfigError: The model is not pre-gated or begins with random weights, or the run is
+                compiled.
+        """
+        weight = config.loss.gate_kl
+        if not weight:
+            return None
+        given = f"loss.gate_kl={weight:g}"
+        if not getattr(model.config, "pregated", False):
+            raise ConfigError(
+                f"{given} has no effect, because only pre-gated routers differ from those that "
+                "they begin with; leave it out, or give model.pregated=true"
+            )
+        if config.start_from is None:
+            raise ConfigError(
+                f"{given} keeps routers near those of start_from, which is not given; leave it "
+                "out, or give a model or run to start from"
+            )
+        if config.compile:
+            raise ConfigError(f"{given} does not work with compile=true; give compile=false")
+        return cls(model, weight)
+
+    def loss(self, logits: Sequence[Tensor]) -> Tensor:
+        """Return the weighted loss of the last pass.
+
+        Args:
+            logits: The routers' logits [B * T, E] by block; of the first rows of the pass.
+        """
+        total = logits[0].new_zeros(())
+        for number in range(1, len(logits)):  # the first block's router is not changed
+            new_TE = logits[number].flatten(0, -2).float().log_softmax(-1)
+            with torch.no_grad():
+                old_TE = self._old[number](self._inputs[number][: len(new_TE)]).log_softmax(-1)
+            kl = F.kl_div(new_TE, old_TE.to(new_TE), reduction="batchmean", log_target=True)
+            total = total + kl
+        self._inputs.clear()
+        return self.weight * total
+
+    def _hook(self, number: int):
+        def keep(_block: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled() or number not in self._inputs:
+                self._inputs[number] = given[0].detach().flatten(0, 1)
+
+        return keep

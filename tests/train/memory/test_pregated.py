@@ -1,0 +1,77 @@
+"""Pre-gated models: fine-tuned from others, with and without KL to the old routers."""
+
+import pytest
+import torch
+from tiny_models import tiny_model, tokens
+from torch.nn import functional as F
+
+from moefit.dsmoe.block import DsMoeBlock
+from moefit.dsmoe.model import DsMoeForCausalLM
+from moefit.errors import ConfigError
+from moefit.train.config import make_config
+from moefit.train.loop import train
+from moefit.train.memory.pregated import GateTeacher
+from moefit.train.model import build_model
+from moefit.train.run_folder import read_log
+
+
+def test_loss_is_kl_to_the_old_routers_on_their_own_inputs() -> None:
+    model = tiny_model(pregated=True, num_hidden_layers=3).train()
+    teacher, inputs = GateTeacher(model, 0.5), []
+    blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
+    old = [block.gate.weight.detach().clone() for block in blocks]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
+    with torch.no_grad():
+        for block in blocks:
+            block.gate.weight.add_(0.3)
+            block.gate.weight.mul_(1.5)
+    logits = model(tokens(2, 9), output_router_logits=True).router_logits
+    expected = sum(
+        (
+            p_TE * (p_TE.log() - logits[at].log_softmax(-1))
+        ).sum(-1).mean()
+        for at in (1, 2)
+        for p_TE in [F.linear(inputs[at], old[at]).softmax(-1).detach()]
+    )  # fmt: skip
+    loss = teacher.loss(logits)
+    torch.testing.assert_close(loss, 0.5 * expected)
+    loss.backward()
+    assert all(block.gate.weight.grad.any() for block in blocks[1:])
+
+
+def test_fine_tune_of_another_model_begins_with_its_weights(tree, callback, tmp_path) -> None:
+    train(make_config(tree), callback)
+    more = {**tree, "out": str(tmp_path / "more"), "start_from": tree["out"], "loss": {}}
+    more["model"] = {**tree["model"], "pregated": True}
+    result = train(make_config(more), callback)
+    made = DsMoeForCausalLM.from_pretrained(result.checkpoint)
+    assert made.config.pregated
+    plain = [r["loss"] for r in read_log(tmp_path / "more") if r["kind"] == "train"]
+    near = {**more, "out": str(tmp_path / "near"), "loss": {"gate_kl": 0.5}}
+    train(make_config(near), callback)
+    first, *_ = [r for r in read_log(tmp_path / "near") if r["kind"] == "train"]
+    assert first["loss"] == pytest.approx(plain[0]) and first["router_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"pregated": False}}, "only pre-gated routers differ"),
+        ({"start_from": None}, "start_from, which is not given"),
+        ({"compile": True}, "give compile=false"),
+    ],
+)
+def test_kl_without_effect_is_refused(tree, changes, says) -> None:
+    tree = {**tree, "start_from": "somewhere", "loss": {"gate_kl": 0.1}}
+    tree["model"] = {**tree["model"], "pregated": True, **changes.pop("model", {})}
+    config = make_config(tree | changes)
+    model = build_model(config, vocab_size=300, eos_token_id=0)
+    with pytest.raises(ConfigError, match=says):
+        GateTeacher.of(config, model)
+
+
+def test_olmoe_has_no_such_setting(tree) -> None:
+    config = make_config({**tree, "model": {"architecture": "olmoe", "pregated": True}, "loss": {}})
+    with pytest.raises(ConfigError, match=r"model\.pregated is not a field of OlmoeConfig"):
+        build_model(config, vocab_size=300, eos_token_id=0)
