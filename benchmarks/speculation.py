@@ -21,7 +21,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event as Flag
@@ -36,7 +36,7 @@ import moefit
 from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
 from moefit.engine.sampler import Sampler
-from moefit.engine.speculation.drafts import Draft, Drafter, LookupDrafter
+from moefit.engine.speculation.drafts import Draft, Drafter, LookupDrafter, SpeculationStats
 from moefit.serve.model import ServedModel
 
 ARMS = ("off", "auto", "always")
@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--temperatures", default="0,0.7")
     parser.add_argument("--save", nargs="?", const="")
     given = parser.parse_args()
     settings = {
         "memory": given.memory, "precision": given.precision, "dense_precision": given.precision,
-        "context": 2048, "dtype": getattr(torch, given.dtype), "sequences": 40,
+        "context": given.context, "dtype": getattr(torch, given.dtype), "sequences": 40,
     }  # fmt: skip
     with moefit.load(given.model, **settings) as served:
         if given.replay:
@@ -79,24 +81,26 @@ def main() -> None:
 def texts(served: ServedModel, given: argparse.Namespace) -> dict[str, Any]:
     """Return acceptance and speed by kind of prompt, on a trained model."""
     found: dict[str, Any] = {}
-    for kind, prompts in prompts_of(served, given.count).items():
-        for temperature in (0.0, 0.7):
-            runs: dict[str, list[dict[str, Any]]] = {}
-            for number, prompt in enumerate(prompts):
-                sampling = SamplingParams(
-                    max_tokens=given.tokens, temperature=temperature, seed=number, ignore_eos=True
-                )
-                answers = set()
-                for arm in turn(given, number):
-                    with engine_of(served, arm, given, LookupDrafter()) as engine:
-                        run = answered(engine, [prompt], [sampling])
-                    answers.add(tuple(run.pop("tokens")[0]))
-                    runs.setdefault(arm, []).append(run)
-                assert len(answers) == 1, "answers are the same in all arms"
-                runs.setdefault("different", []).append(
-                    {"share": len(set(answers.pop())) / given.tokens}
-                )
-            found[f"{kind}, temperature {temperature}"] = summary(runs)
+    with engines_of(served, given, LookupDrafter) as engines:
+        for kind, prompts in prompts_of(served, given.count).items():
+            for temperature in map(float, given.temperatures.split(",")):
+                runs: dict[str, list[dict[str, Any]]] = {}
+                for number, prompt in enumerate(prompts):
+                    sampling = SamplingParams(
+                        max_tokens=given.tokens,
+                        temperature=temperature,
+                        seed=number,
+                        ignore_eos=True,
+                    )
+                    answers = set()
+                    for arm in turn(engines, number):
+                        run = answered(engines[arm], [prompt], sampling)
+                        answers.add(tuple(run.pop("tokens")[0]))
+                        runs.setdefault(arm, []).append(run)
+                    assert len(answers) == 1, "answers are the same in all arms"
+                    share = len(set(answers.pop())) / given.tokens
+                    runs.setdefault("different", []).append({"share": share})
+                found[f"{kind}, temperature {temperature}"] = summary(runs)
     return found
 
 
@@ -108,26 +112,27 @@ def injected(served: ServedModel, given: argparse.Namespace) -> dict[str, Any]:
     def tokens(number: int) -> list[int]:
         return [chance.randrange(vocabulary) for _ in range(number)]
 
-    prompts = [tokens(given.prompt) for _ in range(given.requests)]
+    known = Known(given.prompt)
     sampling = SamplingParams(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
     for accept in map(float, given.accept.split(",")):
         runs: dict[str, list[dict[str, Any]]] = {}
-        for number in range(given.rounds):
-            answers = [tokens(given.tokens) for _ in prompts]
-            for arm in turn(given, number):
-                drafter = Known(prompts, answers, accept, given.always if arm == "always" else 16)
-                with engine_of(served, arm, given, drafter) as engine:
-                    run = answered(engine, prompts, [sampling] * len(prompts), answers)
-                assert run.pop("tokens") == answers
-                runs.setdefault(arm, []).append(run)
+        with engines_of(served, given, lambda: known) as engines:
+            for number in range(-1, given.rounds):  # the first round warms up
+                prompts = [tokens(given.prompt) for _ in range(given.requests)]
+                answers = [tokens(given.tokens) for _ in prompts]
+                known.learn(prompts, answers, accept)
+                for arm in turn(engines, number):
+                    run = answered(engines[arm], prompts, sampling, answers)
+                    assert run.pop("tokens") == answers
+                    if number >= 0:
+                        runs.setdefault(arm, []).append(run)
         found[f"acceptance {accept} (injected)"] = summary(runs)
     return found
 
 
-def turn(given: argparse.Namespace, number: int) -> Sequence[str]:
+def turn(engines: Mapping[str, Engine], number: int) -> Sequence[str]:
     """Return the arms in the order of a round."""
-    arms = given.arms.split(",")
-    return arms if number % 2 == 0 else arms[::-1]
+    return list(engines) if number % 2 == 0 else list(engines)[::-1]
 
 
 class Known:
@@ -135,10 +140,16 @@ class Known:
 
     name = "known answers"
 
-    def __init__(self, prompts: Any, answers: Any, accept: float, most: int):
-        self._answers = {tuple(p): a for p, a in zip(prompts, answers, strict=True)}
-        self._size, self._accept, self._most = len(prompts[0]), accept, most
-        self._chance = random.Random(1)
+    def __init__(self, size: int):
+        self._size, self._accept, self._chance = size, 0.0, random.Random(1)
+        self._answers: dict[tuple[int, ...], Sequence[int]] = {}
+
+    def learn(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], accept: float
+    ) -> None:
+        """Draft these answers from now on, with this probability for each token."""
+        self._answers = {tuple(one): a for one, a in zip(prompts, answers, strict=True)}
+        self._accept = accept
 
     def open(self, request: str) -> None:
         """Do nothing."""
@@ -151,13 +162,13 @@ class Known:
         found = {}
         for name, (tokens, most) in wanted.items():
             answer, done = self._answers[tuple(tokens[: self._size])], len(tokens) - self._size
-            following = answer[done : done + min(most, self._most)]
+            following = answer[done : done + most]
             guesses = tuple(
                 token if self._chance.random() < self._accept else (token + 1) % 999
                 for token in following
             )
             if guesses:
-                found[name] = Draft(tokens=guesses, evidence=2)  # the same class for all places
+                found[name] = Draft(tokens=guesses, evidence=99)  # the same class at all places
         return found
 
 
@@ -168,7 +179,10 @@ class Played(Sampler):
         super().__init__(sampling)
         self._answer = iter(answer)
 
-    plain = False
+    @property
+    def plain(self) -> bool:
+        """False: `choose` returns the answer's tokens."""
+        return False
 
     def choose(self, logits_V: torch.Tensor) -> tuple[int, None]:
         """Return the next token, after the work that greedy sampling takes."""
@@ -177,18 +191,24 @@ class Played(Sampler):
 
 
 @contextmanager
-def engine_of(
-    served: ServedModel, arm: str, given: argparse.Namespace, drafter: Drafter
-) -> Iterator[Engine]:
-    """An engine without kept prefixes that verifies drafts as `arm` says."""
-    settings = EngineSettings(prefix_cache="off", max_concurrency=max(1, given.requests))
-    engine = Engine(served, settings, drafter=None if arm == "off" else drafter)
-    if arm == "always":
-        engine.speculation.choose = _always(given.always)
+def engines_of(
+    served: ServedModel, given: argparse.Namespace, drafter: Callable[[], Drafter]
+) -> Iterator[dict[str, Engine]]:
+    """Engines without kept prefixes that verify drafts as their arms say; one works at a time."""
+    settings = EngineSettings(prefix_cache="off", max_concurrency=given.requests)
+    engines = {
+        arm: Engine(served, settings, drafter=None if arm == "off" else drafter())
+        for arm in given.arms.split(",")
+    }
+    if "always" in engines:
+        engines["always"].speculation.choose = _always(given.always)
+    for one in engines.values():
+        one.start()
     try:
-        yield engine
+        yield engines
     finally:
-        engine.close()
+        for one in engines.values():
+            one.close()
 
 
 def _always(length: int) -> Any:
@@ -203,35 +223,37 @@ def _always(length: int) -> Any:
 def answered(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
-    sampling: Sequence[SamplingParams],
+    sampling: SamplingParams,
     answers: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """Run requests together; return their tokens, seconds of decoding, and what was drafted."""
     heard = [_Heard() for _ in prompts]
-    names = [
-        engine.submit(prompt, one, listener)
-        for prompt, one, listener in zip(prompts, sampling, heard, strict=True)
-    ]
-    for name, one, answer in zip(names, sampling, answers, strict=False):
-        engine._requests[name].sampler = Played(one, answer)
-    before = engine.served.report()
-    engine.start()
+
+    def submit() -> None:  # between steps, so that no request begins without its sampler
+        names = [
+            engine.submit(prompt, sampling, one) for prompt, one in zip(prompts, heard, strict=True)
+        ]
+        for name, answer in zip(names, answers, strict=False):
+            engine._requests[name].sampler = Played(sampling, answer)
+
+    before, began = engine.served.report(), engine.stats()
+    engine.between_steps(submit)
     for one in heard:
         assert one.done.wait(3600)
-    after, stats = engine.served.report(), engine.stats().speculation
+    after, stats = engine.served.report(), engine.stats()
+    first, last = began.speculation or SpeculationStats(), stats.speculation or SpeculationStats()
     seconds = max(one.times[-1] for one in heard) - max(one.times[0] for one in heard)
-    made = sum(len(one.times) - 1 for one in heard)
     return {
         "tokens": [one.tokens for one in heard],
         "seconds": seconds,
-        "made": made,
-        "steps": engine.stats().steps,
+        "made": sum(len(one.times) - 1 for one in heard),
+        "steps": stats.steps - began.steps,
         "fetches": after["fetches"] - before["fetches"],
         "bytes": after["bytes_read"] - before["bytes_read"],
-        "drafted": stats.drafted if stats else 0,
-        "accepted": stats.accepted if stats else 0,
-        "drafts": stats.drafts if stats else 0,
-        "plain steps": stats.plain_steps if stats else 0,
+        "drafts": last.drafts - first.drafts,
+        "drafted": last.drafted - first.drafted,
+        "accepted": last.accepted - first.accepted,
+        "plain steps": last.plain_steps - first.plain_steps,
     }
 
 
@@ -294,7 +316,7 @@ def prompts_of(served: ServedModel, count: int) -> dict[str, list[list[int]]]:
         edit = f"{function}\n\n# The same function with a comment more.\n\n{head}"
         listed = f"{document.text[:2400]}\n\n\n__all__ = ["
         for kind, text in (("edit", edit), ("list", listed), ("continue", document.text[:2400])):
-            kinds[kind].append(served.tokenizer(text)["input_ids"])  # pyright: ignore[reportArgumentType]
+            kinds[kind].append(served.tokenizer(text)["input_ids"])
         if len(kinds["edit"]) == count:
             break
     return kinds
