@@ -21,6 +21,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,7 @@ def texts(served: ServedModel, given: argparse.Namespace) -> dict[str, Any]:
                     share = len(set(answers.pop())) / given.tokens
                     runs.setdefault("different", []).append({"share": share})
                 found[f"{kind}, temperature {temperature}"] = summary(runs)
+                print(kind, temperature, json.dumps(summary(runs)), file=sys.stderr, flush=True)
     return found
 
 
@@ -309,13 +311,13 @@ def prompts_of(served: ServedModel, count: int) -> dict[str, list[list[int]]]:
 
     kinds: dict[str, list[list[int]]] = {"edit": [], "list": [], "continue": []}
     for document in split(DataConfig()).held_out():
-        functions = [one for one in functions_of(document.text) if 400 < len(one) < 1600]
+        functions = [one for one in functions_of(document.text) if 300 < len(one) < 1000]
         if not functions:
             continue
         function, head = functions[0], functions[0].splitlines(keepends=True)[0]
         edit = f"{function}\n\n# The same function with a comment more.\n\n{head}"
-        listed = f"{document.text[:2400]}\n\n\n__all__ = ["
-        for kind, text in (("edit", edit), ("list", listed), ("continue", document.text[:2400])):
+        listed = f"{document.text[:1500]}\n\n\n__all__ = ["
+        for kind, text in (("edit", edit), ("list", listed), ("continue", document.text[:1500])):
             kinds[kind].append(served.tokenizer(text)["input_ids"])
         if len(kinds["edit"]) == count:
             break
