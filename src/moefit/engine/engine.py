@@ -376,7 +376,7 @@ class Engine:
     def _begin(self, state: RequestState) -> None:
         """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
-        self.speculation.open(state.name)
+        self.speculation.open(state.name, sampled=not state.sampler.greedy)
         self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:

@@ -76,6 +76,9 @@ class Sampler:
         sampling: Sampling parameters.
         context: Tokens before the completion, for the repetition penalty and suppressed sequences.
         suppressed: Tokens that the model's generation_config.json excludes.
+
+    Attributes:
+        greedy: Whether the likeliest token is chosen, and no random number drawn.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Sampler:
         suppressed: Suppressed = NOT_SUPPRESSED,
     ):
         self.sampling, self._suppressed = sampling, suppressed
-        self._greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
+        self.greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
         self._counts: Counter[int] = Counter()
         self._seen = set(context) if self._has_repetition_penalty else set()
         self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.long)
@@ -94,7 +97,7 @@ class Sampler:
         self._started = False
         self._grammar = None if sampling.grammar is None else sampling.grammar.start()
         self._generator = torch.Generator()
-        if not self._greedy:
+        if not self.greedy:
             if sampling.seed is None:
                 self._generator.seed()
             else:
@@ -103,7 +106,7 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether the argmax of the logits is sufficient."""
-        return self._greedy and not self._adjusts and self.sampling.logprobs is None
+        return self.greedy and not self._adjusts and self.sampling.logprobs is None
 
     @property
     def _adjusts(self) -> bool:
@@ -141,7 +144,7 @@ class Sampler:
             if self._grammar is not None and bool(logits_V.max().isfinite()):
                 raise GrammarError(NOTHING_LEFT)
             raise FloatingPointError(NOT_FINITE)
-        token = int(scores_V.argmax()) if self._greedy else self._draw(scores_V)
+        token = int(scores_V.argmax()) if self.greedy else self._draw(scores_V)
         self._record(token)
         if self.sampling.logprobs is None:
             return token, None

@@ -18,7 +18,10 @@ _EVIDENCE = (2, 3, 4, 5, 7, 9, 13)  # least evidence of each class
 _PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
 _PRIOR_TRIALS = 8.0  # how many trials it counts as, in the engine's counts
 _SHARED_TRIALS = 6.0  # how many trials the engine's counts count as, in those of a request
+_FACTOR_TRIALS = 3.0  # how many trials a request's factor of 1 counts as
 _OWN_MEMORY, _SHARED_MEMORY = 0.97, 0.995  # weight of what was known, at each trial
+_FACTOR_MEMORY = 0.9  # the same for a request's factor
+_MOST = 0.99
 GAIN = 1.03  # least gain for which drafts are verified
 
 
@@ -44,16 +47,40 @@ class Counts:
         self.trials[number] = self._memory * self.trials[number] + 1
 
 
+class _Own:
+    """What is known of one request: counts, and how its drafts do beside those of all requests."""
+
+    def __init__(self, shared: Counts):
+        self.shared, self.counts = shared, Counts(_OWN_MEMORY)
+        self._accepted = self._expected = 0.0
+
+    @property
+    def factor(self) -> float:
+        """Accepted tokens over those that were expected from the counts of all requests."""
+        return (self._accepted + _FACTOR_TRIALS) / (self._expected + _FACTOR_TRIALS)
+
+    def add(self, number: int, *, accepted: bool) -> None:
+        """Count a token of the class `number`."""
+        self._accepted = _FACTOR_MEMORY * self._accepted + accepted
+        self._expected = _FACTOR_MEMORY * self._expected + _rate(self.shared, number)
+        self.counts.add(number, accepted=accepted)
+        self.shared.add(number, accepted=accepted)
+
+
 class Acceptance:
-    """How likely drafts of requests are right: counts of each, and of all together."""
+    """How likely drafts of requests are right.
+
+    Counts of all requests give an expectation by evidence, greedy ones and others apart.
+    A request is more or less like them at any evidence, so a few of its tokens say much.
+    """
 
     def __init__(self):
-        self._shared = Counts(_SHARED_MEMORY)
-        self._own: dict[str, Counts] = {}
+        self._shared = {sampled: Counts(_SHARED_MEMORY) for sampled in (False, True)}
+        self._own: dict[str, _Own] = {}
 
-    def open(self, request: str) -> None:
-        """Begin a request."""
-        self._own[request] = Counts(_OWN_MEMORY)
+    def open(self, request: str, *, sampled: bool) -> None:
+        """Begin a request; `sampled` if it is not greedy."""
+        self._own[request] = _Own(self._shared[sampled])
 
     def close(self, request: str) -> None:
         """Forget a request."""
@@ -61,23 +88,25 @@ class Acceptance:
 
     def add(self, request: str, evidence: int, *, accepted: bool) -> None:
         """Count a draft's token whose predecessors were right."""
-        number = evidence_class(evidence)
-        for counts in (self._shared, self._own[request]):
-            counts.add(number, accepted=accepted)
+        self._own[request].add(evidence_class(evidence), accepted=accepted)
 
     def probability(self, request: str, evidence: int) -> float:
         """Return how likely a token is right if its predecessors in the draft are."""
-        number = evidence_class(evidence)
-        shared, own = self._shared, self._own[request]
-        accepted = shared.accepted[number] + _PRIOR_TRIALS * _PRIOR[number]
-        known = accepted / (shared.trials[number] + _PRIOR_TRIALS)
-        accepted = own.accepted[number] + _SHARED_TRIALS * known
-        return accepted / (own.trials[number] + _SHARED_TRIALS)
+        number, own = evidence_class(evidence), self._own[request]
+        expected = min(_MOST, own.factor * _rate(own.shared, number))
+        accepted = own.counts.accepted[number] + _SHARED_TRIALS * expected
+        return accepted / (own.counts.trials[number] + _SHARED_TRIALS)
 
     def chances(self, request: str, evidence: int, tokens: int) -> list[float]:
         """Return how likely each token of a draft is reached and right."""
         each = [self.probability(request, evidence + place) for place in range(tokens)]
         return list(accumulate(each, mul))
+
+
+def _rate(shared: Counts, number: int) -> float:
+    """Return the share of all requests' tokens of a class that were accepted."""
+    accepted = shared.accepted[number] + _PRIOR_TRIALS * _PRIOR[number]
+    return accepted / (shared.trials[number] + _PRIOR_TRIALS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

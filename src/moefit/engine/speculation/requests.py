@@ -115,11 +115,11 @@ class Speculation:
             f"({first.module}: {first.reason})",
         )
 
-    def open(self, request: str) -> None:
-        """Begin a request."""
+    def open(self, request: str, *, sampled: bool) -> None:
+        """Begin a request; `sampled` if it is not greedy."""
         if self._drafter is not None:
             self._drafter.open(request)
-            self._acceptance.open(request)
+            self._acceptance.open(request, sampled=sampled)
 
     def close(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""
