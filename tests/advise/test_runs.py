@@ -107,3 +107,20 @@ def test_paths_that_are_no_runs(tmp_path: Path) -> None:
         read_runs([tmp_path, tmp_path])
     with pytest.raises(DataError, match="is not a finished run of `moefit train`"):
         read_runs([tmp_path])
+
+
+def test_a_run_without_a_checkpoint_is_left_out(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("steps: 10\n")
+    runs = read_runs([run])
+    assert not runs.used
+    assert runs.left_out == {str(run): "it has no checkpoint yet"}
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("steps: 10\n")
+    with pytest.raises(DataError, match=rf"it contains 2, such as .*: give {tmp_path}/\*"):
+        read_runs([tmp_path])

@@ -246,6 +246,8 @@ def _run_of_row(path: Path, number: int, row: Mapping[str, str]) -> Run:
 
 def _read_folder(folder: Path, counts: Count) -> Run:
     """Read a folder that `moefit train` wrote."""
+    if running := _begun(folder):
+        return running
     try:
         settings = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -258,7 +260,7 @@ def _read_folder(folder: Path, counts: Count) -> Run:
     except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
         raise DataError(
             f"{folder} is not a finished run of `moefit train` ({type(error).__name__}: {error}); "
-            "give run folders, or one .csv file with a row per run"
+            f"{_nearest(folder)}"
         ) from error
     if model.get("model_type") != DsMoeConfig.model_type:
         raise DataError(
@@ -279,6 +281,22 @@ def _read_folder(folder: Path, counts: Count) -> Run:
         data=json.dumps(text),
         left_out=_unusable(losses, done, steps),
     )
+
+
+def _begun(folder: Path) -> Run | None:
+    """Return a run without a checkpoint, to be left out; None if there is one, or no run."""
+    if not (folder / "config.yaml").is_file() or any(folder.glob("step-*")):
+        return None
+    nothing = {"parameters": 1.0, "tokens": 1.0, "experts": 1.0, "loss": math.nan}
+    return Run(name=str(folder), left_out="it has no checkpoint yet", **nothing)
+
+
+def _nearest(folder: Path) -> str:
+    """Return what to give instead of a folder that is no run."""
+    runs = [path.parent for path in sorted(folder.glob("*/config.yaml"))]
+    if runs:
+        return f"it contains {len(runs)}, such as {runs[0]}: give {folder}/*"
+    return "give run folders, or one .csv file with a row per run"
 
 
 def _unusable(losses: Sequence[Any], done: int, steps: int) -> str:
