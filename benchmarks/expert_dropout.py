@@ -380,6 +380,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             key, scale = ("bytes_per_token", 1 / 1024) if mode == "exact" else ("loss", 100)
             points = [one for one in result["mean"]["points"] if one["format"] == "native"]
             line = [one for one in points if one["mode"] == mode]
+            line = sorted(line, key=lambda one: one["share"])
             _line(axes, name, [(100 * one["share"], one[key], scale) for one in line])
         for _ in third:
             _draw_bytes(axes_of[-1], name, result["mean"])
@@ -389,7 +390,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("KiB per token" if title.startswith("a third") else "experts in memory, %")
         axes.set_ylabel("KiB per token" if title == "exact" else "perplexity above all experts, %")
         axes.grid(alpha=0.3)
-        if title not in ("bounded", "exact"):
+        if title in ("fixed, one pass per window", "virtual"):
             axes.set_yscale("symlog", linthresh=5)
     if third:
         axes_of[-1].set_ylabel("perplexity above the base in full memory, %")

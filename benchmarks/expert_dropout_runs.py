@@ -65,6 +65,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "local-2": {"loss": {"routing_locality": 2.0}, "begin": 0.5},
     "budget": {"budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]}, "begin": 0.5},
     "budget-0.3": {"budget_aware": {"weight": 0.3, "ramp": [0.5, 0.6]}, "begin": 0.5},
+    "budget-balanced": {
+        "budget_aware": {"weight": 0.2, "ramp": [0.5, 0.6]},
+        "loss": {"load_balancing": 0.02},
+        "begin": 0.5,
+    },
     "rounded": {"rounding": MIXED_BITS, "begin": 0.8},
     "nested-local": {"expert_dropout": NESTED, "loss": {"routing_locality": 0.5}},
     "nested-budget": {
