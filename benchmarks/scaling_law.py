@@ -38,6 +38,7 @@ from moefit.train.run_folder import read_log
 RULES = ("top_k:2", "top_k:2:renormalize", "threshold:0.48")
 BYTES = 2  # of a weight in bf16
 HELD_OUT = 2  # runs of each kind
+FEWEST = 3  # pairs for an interval
 COUNTS = {"total": Count.total, "active": Count.active}
 
 
@@ -115,21 +116,28 @@ def pairs(runs: list[Measured], first: str, second: str) -> list[tuple[str, floa
     return found
 
 
-def interval(values: list[float], seed: int = 0) -> list[float]:
-    """Return the 95% bootstrap interval of a mean."""
+def interval(values: list[float], seed: int = 0) -> list[float] | None:
+    """Return the 95% bootstrap interval of a mean; None of fewer than three values."""
+    if len(values) < FEWEST:
+        return None
     generator = np.random.default_rng(seed)
     means = [np.mean(generator.choice(values, len(values))) for _ in range(10_000)]
     return [float(end) for end in np.percentile(means, (2.5, 97.5))]
 
 
-def law_runs(runs: list[Measured], kinds: tuple[str, ...], count: str) -> Runs:
-    """Return runs for a fit, with E as all over active experts, N as `count` says."""
+def expansion(run: Planned) -> float:
+    """Return all over active experts in training."""
+    return run.experts / 2 if run.kind == "sparse" else 1.0
+
+
+def law_runs(runs: list[Measured], kinds: tuple[str, ...], count: str, form: Form) -> Runs:
+    """Return runs for a fit, with N as `count` says, and E, if the form has it, as `expansion`."""
     used = tuple(
         Run(
             name=one.run.name,
             parameters=float(one.total if count == "total" else one.active),
             tokens=float(one.run.steps * 1024),
-            experts=one.run.experts / 2 if one.run.kind == "sparse" else 1.0,
+            experts=expansion(one.run) if form is not CHINCHILLA else 1.0,
             loss=one.loss,
         )
         for one in runs
@@ -161,7 +169,7 @@ def fitted(
         bootstrap: Resamplings for intervals.
     """
     away = largest(runs)
-    used = law_runs(runs, kinds, count)
+    used = law_runs(runs, kinds, count, form)
     kept = [one for one in runs if one.run.name not in away]
     try:
         fit = fit_law(used, form, FitSettings(bootstrap=bootstrap))
@@ -173,15 +181,15 @@ def fitted(
         "rms_log10": fit.rms_log10,
         "leave_out_rms_log10": fit.left_out and fit.left_out.rms_log10,
         "others": {
-            kind: residuals(fit.coefficients, form, law_runs(runs, (kind,), count))
+            kind: residuals(fit.coefficients, form, law_runs(runs, (kind,), count, form))
             for kind in ("dense", "sparse", "dsmoe")
         },
     }
     try:
-        smaller = fit_law(law_runs(kept, kinds, count), form, FitSettings(bootstrap=0))
+        smaller = fit_law(law_runs(kept, kinds, count, form), form, FitSettings(bootstrap=0))
         held_out = [one for one in runs if one.run.name in away]
         found["extrapolation"] = residuals(
-            smaller.coefficients, form, law_runs(held_out, kinds, count)
+            smaller.coefficients, form, law_runs(held_out, kinds, count, form)
         )
     except DataError as error:
         found["extrapolation_refused"] = str(error)
@@ -235,8 +243,7 @@ def show(runs: list[Measured], results: dict[str, Any]) -> None:
         table.add_row(one.run.name, f"{one.total:,}", f"{one.active:,}", f"{one.loss:.4f}", *rules)
     Console(width=150).print(table)
     for name, found in results["pairs"].items():
-        low, high = found["interval"]
-        print(f"{name}: {found['mean']:+.4f} nats ({low:+.4f} to {high:+.4f}), {found['nats']}")
+        print(f"{name}: {found['mean']:+.4f} nats, interval {found['interval']}: {found['nats']}")
     for name, found in results["laws"].items():
         if "refused" in found:
             print(f"{name}: {found['refused']}")
@@ -286,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--bootstrap", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32768, help="scored under sparse rules")
+    parser.add_argument("--tokens", type=int, default=65536, help="scored under sparse rules")
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
     folders = {run.name: arguments.runs / run.name for run in grid()}
@@ -303,8 +310,7 @@ def main() -> None:
     if arguments.save:
         notes = (
             "N without embeddings; experts of sparse runs are all over active ones; losses on "
-            "65,536 held-out tokens, under sparse rules on fewer; one seed, learning rates not "
-            "tuned by size"
+            "65,536 held-out tokens; one seed, learning rates not tuned by size"
         )
         rows = {"runs": [asdict(one) for one in runs], "not finished": missing, **results}
         path = record.write("scaling-law", rows, notes=notes, suffix=arguments.save)

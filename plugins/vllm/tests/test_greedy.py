@@ -1,7 +1,9 @@
 """Greedy equality of vLLM and transformers for tiny DS-MoE models, and what is refused."""
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,9 +50,8 @@ def reference():
     return module
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
-    """By rule, with gated and GELU experts, with and without attention experts."""
+def saved(name, folder):
+    """Save a model with random weights; return the tokens that it generates greedily."""
     code = reference()
     torch.manual_seed(0)
     model = code.DsMoeForCausalLM(code.DsMoeConfig(**SIZES, **MODELS[name])).eval().float()
@@ -59,27 +60,53 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
             else:
-                parameter.fill_(1.0)
-    model.save_pretrained(tmp_path)
-    expected = [
+                parameter.normal_(1.0, 0.2)
+    model.save_pretrained(folder)
+    return [
         model.generate(
             torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=-1
         )[0, len(ids) :].tolist()
         for ids in PROMPTS
     ]
+
+
+def generated(folder, **parallel):
+    """Return what vLLM generates greedily."""
     llm = LLM(
-        str(tmp_path),
+        str(folder),
         skip_tokenizer_init=True,
         dtype="float32",
         enforce_eager=True,
         max_model_len=64,
         max_num_seqs=2,
+        **parallel,
     )
     made = llm.generate(
         [{"prompt_token_ids": ids} for ids in PROMPTS],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False),
     )
-    assert [list(one.outputs[0].token_ids) for one in made] == expected
+    return [list(one.outputs[0].token_ids) for one in made]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    """By rule, with gated and GELU experts, with and without attention experts."""
+    assert saved(name, tmp_path) == generated(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fused-top-k", "paper-threshold"])
+def test_two_processes_generate_the_same(name, tmp_path):
+    """Tensor parallelism, in a process of its own, which starts the others."""
+    expected = saved(name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_rules_of_a_batch_are_refused():
@@ -98,7 +125,7 @@ def test_what_is_no_rule_is_refused(text):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 3},
         {"pipeline_parallel_size": 2},
         {"data_parallel_size": 2},
         {"enable_expert_parallel": True},
@@ -108,6 +135,12 @@ def test_several_devices_are_refused_by_name(changed):
     """Whichever way of dividing the model is given."""
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     parallel = {**dict.fromkeys(sizes, 1), "enable_expert_parallel": False, **changed}
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel), quant_config=None)
+    model = SimpleNamespace(router_type="linear", num_key_value_heads=2, intermediate_size=32)
     with pytest.raises(ValueError, match=next(iter(changed))):
-        _refuse_untested(None, config)
+        _refuse_untested(model, config)
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # else vLLM wants a NUMA node per process
+    sys.stdout.write(json.dumps(generated(sys.argv[1], tensor_parallel_size=2)) + "\n")

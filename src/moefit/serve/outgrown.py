@@ -88,11 +88,12 @@ def vllm_line(subject: Subject) -> str:
     'vllm serve allenai/OLMoE-1B-7B-0924'
     """
     name = shlex.quote(subject.name)
+    gpus, machines = gpus_for(subject.weight_bytes)
     if subject.is_dsmoe:
-        return f"moefit export {name} OUT --format dsmoe && vllm serve OUT  # with moefit-vllm"
+        parts = f" --tensor-parallel-size {gpus}" if gpus > 1 else ""
+        return f"moefit export {name} OUT --format dsmoe && vllm serve OUT{parts}  # moefit-vllm"
     if subject.is_gguf:
         name = "MODEL"  # the safetensors that the file was made of
-    gpus, machines = gpus_for(subject.weight_bytes)
     line = f"vllm serve {name}"
     if gpus > 1:
         line += f" --tensor-parallel-size {gpus} --enable-expert-parallel"

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 
@@ -102,13 +103,26 @@ class FusedExperts(nn.Module):
         loaded = set()
         for name, tensor in weights:
             full = next(one for one in own if one.endswith(targets[name]))
-            own[full].data.copy_(tensor)
+            own[full].data.copy_(_part(name, tensor))
             loaded.add(full)
         return loaded
 
 
+def _part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's rows F of gate and up [E, 2F, D], or columns of down [E, D, F]."""
+    parts, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    if parts == 1:
+        return tensor
+    if name == "down_proj":
+        return tensor.chunk(parts, dim=2)[rank]
+    return torch.cat([half.chunk(parts, dim=1)[rank] for half in tensor.chunk(2, dim=1)], dim=1)
+
+
 class LoopedExperts(nn.Module):
-    """Experts computed one by one: up [E, F, D], or gate and up [E, 2F, D]; down [E, D, F]."""
+    """Experts computed one by one: up [E, F, D], or gate and up [E, 2F, D]; down [E, D, F].
+
+    With tensor parallelism each process computes all of them.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -1,6 +1,7 @@
-"""DS-MoE's decoder in vLLM, on one device.
+"""DS-MoE's decoder in vLLM, on one device or with tensor parallelism.
 
-Shapes: T tokens, D model width, H query heads, G KV heads, E attention experts, C head width.
+Shapes: T tokens, D model width, H query heads, G KV heads, E attention experts, C head width. With
+tensor parallelism each process has an equal part of the KV heads, with their query heads.
 """
 
 from collections.abc import Iterable
@@ -8,6 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -34,8 +40,10 @@ class DsMoeAttention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.kv_heads, self.head_dim = kv_heads, width
-        self.sizes = [heads * width, kv_heads * width, kv_heads * width]
+        parts = get_tensor_model_parallel_world_size()
+        self.kv_heads, self.head_dim = kv_heads // parts, width
+        query, key = heads // parts * width, self.kv_heads * width
+        self.sizes = [query, key, key]
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size, width, heads, kv_heads, bias=False, prefix=f"{prefix}.qkv_proj"
         )
@@ -52,10 +60,10 @@ class DsMoeAttention(nn.Module):
             is_neox_style=True,
         )
         self.attn = Attention(
-            heads,
+            heads // parts,
             width,
             width**-0.5,
-            num_kv_heads=kv_heads,
+            num_kv_heads=self.kv_heads,
             cache_config=vllm_config.cache_config,
             prefix=f"{prefix}.attn",
         )
@@ -67,13 +75,22 @@ class DsMoeAttention(nn.Module):
         """Return the output [T, D]."""
         qkv, _ = self.qkv_proj(x_TD)
         q, k, v = qkv.split(self.sizes, dim=-1)
-        q, k = self.rotary_emb(positions, self.q_norm(q.contiguous()), self.k_norm(k.contiguous()))
+        q, k = self.rotary_emb(positions, _normed(self.q_norm, q), _normed(self.k_norm, k))
         y = self.attn(q, k, v)
         if self.gate is not None:
             gates_TE = self.rule.gates(self.gate(x_TD).softmax(-1)).to(y.dtype)
             grouped = y.view(len(x_TD), self.kv_heads, gates_TE.shape[-1], self.head_dim)
             y = (grouped * gates_TE[:, None, :, None]).reshape(len(x_TD), -1)
         return self.o_proj(y)[0]
+
+
+def _normed(norm: nn.Module, part: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of all heads' norm [T, H * C], which is over all heads."""
+    part, parts = part.contiguous(), get_tensor_model_parallel_world_size()
+    if parts == 1 or isinstance(norm, nn.Identity):
+        return norm(part)
+    whole = norm(tensor_model_parallel_all_gather(part))
+    return whole.chunk(parts, dim=-1)[get_tensor_model_parallel_rank()].contiguous()
 
 
 class DsMoeDecoderLayer(nn.Module):
@@ -160,20 +177,26 @@ class DsMoeForCausalLM(nn.Module):
 def _refuse_untested(config, vllm_config: VllmConfig) -> None:
     """Raise ValueError for what the plugin has not been tested with."""
     parallel = vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
         count = getattr(parallel, name)
         if count > 1:
-            raise ValueError(f"{name}={count}: DS-MoE in vLLM runs on one device; give 1")
+            raise ValueError(
+                f"{name}={count}: DS-MoE in vLLM is not tested with it; give 1, or "
+                "tensor_parallel_size"
+            )
     if parallel.enable_expert_parallel:
         raise ValueError(
-            "enable_expert_parallel=True: DS-MoE in vLLM runs on one device; leave it out"
+            "enable_expert_parallel=True: DS-MoE in vLLM is not tested with it; leave it out, or "
+            "give tensor_parallel_size"
         )
     if vllm_config.quant_config is not None:
         raise ValueError("DS-MoE in vLLM computes in 16 or 32 bits; leave quantization out")
-    if getattr(config, "pregated", False):
-        raise ValueError(
-            "pregated=True; routers of DS-MoE in vLLM are given their own block's inputs: serve "
-            "the model with moefit, or train it with pregated: false"
-        )
     if config.router_type != "linear":
         raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")
+    parts = parallel.tensor_parallel_size
+    for name in ("num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % parts:
+            raise ValueError(
+                f"tensor_parallel_size={parts} does not divide {name}={getattr(config, name)}; "
+                "give a number that does, such as 1"
+            )
