@@ -21,7 +21,7 @@ import moefit
 from moefit import demo
 from moefit.cli import app, models
 from moefit.cli.app import error_of
-from moefit.errors import CheckpointError, ConfigError, MoefitError
+from moefit.errors import CheckpointError, ConfigError, DataError, MoefitError
 from moefit.quant.cpu_kernels import status
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.train.data.tokenizer import train_bpe
@@ -94,6 +94,16 @@ def test_generate_uses_rule_and_seed(saved):
     assert run(*sampled, "--seed", "1").stdout != run(*sampled, "--seed", "2").stdout
     greedy = ("generate", saved, "some", "--max-new-tokens", "8")
     assert run(*greedy, "--rule", "dense").stdout == run(*greedy, "--rule", "top_k:5").stdout
+
+
+def test_generate_with_drafts_prints_the_same(saved):
+    command = ("generate", saved, "some some some some", "--max-new-tokens", "12")
+    plain = run(*command, "--mode", "exact").stdout
+    assert run(*command, "--speculate", "ngram").stdout == plain
+    drawn = run(*command, "--speculate", "ngram", "--temperature", "1", "--seed", "3")
+    assert "draws other tokens" in drawn.stderr and drawn.stdout != plain
+    with pytest.raises(DataError, match="the prompt is empty"):
+        run(*command[:2], "", "--speculate", "ngram")
 
 
 def test_generate_uses_sampling_options(saved):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,16 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStrea
 from moefit.api import folder_of
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.checkpoint.tokenizer import refuse_without_tokenizer
-from moefit.cli.app import Json, advanced, command, console, option, print_json, progress_bar
+from moefit.cli.app import (
+    Json,
+    advanced,
+    command,
+    console,
+    option,
+    print_json,
+    progress_bar,
+    say,
+)
 from moefit.cli.loading import (
     dropout_line,
     estimate_table,
@@ -40,12 +50,17 @@ from moefit.cli.options import (
     PrefetchName,
     SamplingOptions,
     ServingOptions,
+    Speculate,
+    SpeculateName,
     expand_options,
     torch_dtype,
 )
 from moefit.cli.precision import resolve_precision
 from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
+from moefit.engine.api import SamplingParams
+from moefit.engine.one_request import answer
+from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.evaluated_model import evaluated_model
@@ -61,6 +76,7 @@ from moefit.moe.routing import Rule, default_rules
 from moefit.serve.cache.eviction import DEFAULT_POLICY, POLICIES
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.generation_config import IGNORE, use_generation_config
+from moefit.serve.hf.generation_config import SAMPLING as SAMPLING_NAMES
 from moefit.serve.hf.guards import FiniteLogits
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import use_rule
@@ -143,6 +159,7 @@ def generate(
     max_new_tokens: Annotated[int, option("Maximum number of new tokens.", min=1)] = 128,
     sampling: SamplingOptions = _SEED_0,
     generation_config: GenerationConfig = Following.auto,
+    speculate: Speculate = SpeculateName.off,
     options: ServingOptions = SERVING,
 ) -> None:
     """Print the continuation to standard output as it is generated."""
@@ -151,11 +168,16 @@ def generate(
     torch.manual_seed(sampling.seed or 0)
     folder = folder_of(model)
     refuse_without_tokenizer(folder)
-    if is_served(model, options):
-        with load_served(model, options, generation_config=following) as served:
-            say_generation(served.generation, engine=False)
+    drafts = speculate is not SpeculateName.off
+    if drafts or is_served(model, options):
+        rows = {"sequences": 1 + MAX_STEP_DRAFTS} if drafts else {}
+        with load_served(model, options, generation_config=following, **rows) as served:
+            say_generation(served.generation, engine=drafts)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
+            if drafts:
+                _stream_drafted(served, prompt, how, sampling.seed or 0, speculate)
+                return
             _stream(served.model, served.tokenizer, prompt, how)
         return
     loaded, tokenizer = load_full_model(
@@ -199,6 +221,28 @@ def _stream(
     )
     if beams:
         print(tokenizer.decode(found[0], **shown))
+
+
+def _stream_drafted(
+    served: ServedModel, prompt: str, how: dict[str, Any], seed: int, speculate: SpeculateName
+) -> None:
+    """Print the continuation, by the engine; the same greedy tokens as by `_stream`."""
+    ids = served.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
+    if not ids:
+        raise DataError("the prompt is empty; give at least one character")
+    config: Any = served.model.generation_config
+    draws = how.get("do_sample", config.do_sample)
+    given = {name: value for name, value in how.items() if name in SAMPLING_NAMES}
+    chosen: dict[str, Any] = {**served.generation.sampling(), **given}
+    chosen = chosen if draws else {**chosen, "temperature": 0.0}
+    if draws and chosen.get("temperature") != 0:
+        say("note: with --speculate, a seed draws other tokens than without")
+    if _continues(served.model):
+        print(served.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
+    params = SamplingParams(max_tokens=how["max_new_tokens"], seed=seed, **chosen)
+    show = partial(print, end="", flush=True)
+    answer(served, list(ids), params, speculate=speculate.value, show=show)
+    print()
 
 
 def _continues(model: Any) -> bool:

@@ -1,0 +1,60 @@
+"""Answer a single request with an engine of its own, in the calling thread's time."""
+
+from collections.abc import Callable, Sequence
+from threading import Event as Flag
+
+from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams, TokenEvent
+from moefit.engine.engine import Engine
+from moefit.engine.speculation.drafts import SpeculateSetting
+from moefit.errors import MoefitError
+from moefit.serve.model import ServedModel
+
+
+def answer(
+    served: ServedModel,
+    prompt_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    speculate: SpeculateSetting = "off",
+    show: Callable[[str], object] = lambda text: None,
+) -> list[int]:
+    """Generate a completion.
+
+    Args:
+        served: Loaded model.
+        prompt_ids: Token ids of the prompt.
+        sampling: Sampling parameters.
+        speculate: As in `EngineSettings`.
+        show: Called with each piece of text.
+
+    Returns:
+        The generated tokens.
+
+    Raises:
+        RequestTooLargeError: Prompt and completion exceed what model or KV cache hold.
+        MoefitError: The request failed.
+    """
+    tokens, ends, done = list[int](), list[FinishedEvent](), Flag()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            tokens.append(event.token)
+            show(event.text)
+        elif isinstance(event, FinishedEvent):
+            show(event.text)
+            ends.append(event)
+            done.set()
+
+    settings = EngineSettings(
+        max_concurrency=1, max_waiting=1, prefix_cache="off", speculate=speculate
+    )
+    engine = Engine(served, settings)
+    try:
+        engine.submit(prompt_ids, sampling, listen)
+        engine.start()
+        done.wait()
+    finally:
+        engine.close()
+    if ends[0].reason == "error":
+        raise MoefitError(ends[0].message)
+    return tokens
