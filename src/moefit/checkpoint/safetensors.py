@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from moefit.checkpoint.direct_file import DirectFile
 from moefit.checkpoint.model_folder import LFS, LFS_POINTER, other_weights, read_json
 from moefit.errors import CheckpointError, UnsupportedModelError, in_brief, printable
 
@@ -178,11 +179,16 @@ def pread(descriptor: int, buffer: memoryview, offset: int) -> int:
 
 
 class SpanReader:
-    """Read spans of files, each of which is opened once and kept open. Thread-safe."""
+    """Read spans of files, each of which is opened once and kept open. Thread-safe.
+
+    Args:
+        read: Reads from a file. With another than `pread` there are no direct reads.
+    """
 
     def __init__(self, read: Read = pread):
         self._read = read
         self._descriptors: dict[Path, int] = {}
+        self._direct: dict[Path, DirectFile] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -190,9 +196,11 @@ class SpanReader:
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+            while self._direct:
+                self._direct.popitem()[1].close()
 
     def read_into(self, span: Span, buffer: memoryview) -> None:
-        """Read a span, and drop its pages from the page cache.
+        """Read a span without leaving its pages in the page cache.
 
         Args:
             span: What to read. A failed read is retried twice.
@@ -204,7 +212,7 @@ class SpanReader:
         assert len(buffer) == span.nbytes, (len(buffer), span)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._fill(self._descriptor(span.path), buffer, span)
+                self._fill(buffer, span)
                 return
             except OSError as error:
                 if attempt == _ATTEMPTS:
@@ -215,23 +223,28 @@ class SpanReader:
                     ) from error
                 time.sleep(0.01 * 4**attempt)
 
-    def _fill(self, descriptor: int, buffer: memoryview, span: Span) -> None:
-        done = 0
+    def _fill(self, buffer: memoryview, span: Span) -> None:
+        descriptor, direct = self._files(span.path)
+        done = first = 0 if direct is None else direct.read(span.offset, buffer)
         while done < span.nbytes:
             part = buffer[done : done + _MAX_READ]
             count = self._read(descriptor, part, span.offset + done)
             if count == 0:
                 raise OSError(f"the file ends at byte {span.offset + done}")
             done += count
-        # The data is in our own memory now; the copy in the page cache is not needed.
-        os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
+        if first < done:  # the copy in the page cache is not needed
+            rest = span.offset + first, span.nbytes - first
+            os.posix_fadvise(descriptor, *rest, os.POSIX_FADV_DONTNEED)
 
-    def _descriptor(self, path: Path) -> int:
+    def _files(self, path: Path) -> tuple[int, DirectFile | None]:
+        """Return a file's descriptor, and the file for direct reads if there are any."""
         with self._lock:
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
                 os.posix_fadvise(self._descriptors[path], 0, 0, os.POSIX_FADV_RANDOM)
-            return self._descriptors[path]
+                if self._read is pread:
+                    self._direct[path] = DirectFile(self._descriptors[path])
+            return self._descriptors[path], self._direct.get(path)
 
 
 class Checkpoint:

@@ -1,8 +1,8 @@
 """Packed store: a checkpoint's experts in the formats of slots, written once by `moefit pack`.
 
 Finds the packed files of a checkpoint, checks that they were made from it, and reads experts into
-slots with one positional read each, verified by a checksum. Files that do not match are ignored,
-and `PackedStore.ignored` says why.
+slots with one positional read each. A checksum verifies the first read of each expert. Files that
+do not match are ignored, and `PackedStore.ignored` says why.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ class PackedStore:
     def __init__(self, files: Mapping[tuple[str, str], PackedFile], ignored: tuple[str, ...] = ()):
         self._files, self.ignored = files, ignored
         self._reader = SpanReader()
+        self._verified: set[tuple[Path, int]] = set()
 
     def has(self, block: str, format: Format) -> bool:
         """Return whether a block's experts are packed in a format."""
@@ -66,8 +67,10 @@ class PackedStore:
         data_B = into.buffer_B if on_cpu else torch.empty(into.nbytes, dtype=torch.uint8)
         data = bytes_of(data_B)
         self._reader.read_into(span, data)
-        if damage := file.damage(expert, data):
-            raise CheckpointError(damage)
+        if (file.path, expert) not in self._verified:
+            if damage := file.damage(expert, data):
+                raise CheckpointError(damage)
+            self._verified.add((file.path, expert))
         if not on_cpu:
             into.buffer_B.copy_(data_B)
         return span.nbytes
