@@ -1,4 +1,4 @@
-"""Direct reads give a file's bytes at any offset, size and address, and give up where they cannot."""
+"""Direct reads give a file's bytes at any offset, size and address, or give up."""
 
 import mmap
 import os
@@ -40,7 +40,9 @@ def needs_direct_reads(descriptor: int) -> None:
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    offset=st.one_of(st.integers(0, SIZE), st.integers(0, SIZE // ALIGNMENT).map(ALIGNMENT.__mul__)),
+    offset=st.one_of(
+        st.integers(0, SIZE), st.integers(0, SIZE // ALIGNMENT).map(ALIGNMENT.__mul__)
+    ),
     size=st.integers(0, SIZE),
     shift=st.sampled_from([0, 0, 1, 512, 4095]),
 )

@@ -414,6 +414,12 @@ class ServedModel:
             for name, experts in self.blocks.items():
                 experts.warm_start(counts[name])
 
+    def fill(self) -> None:
+        """Fill empty slots with any experts, in the background, so that no step waits for those."""
+        with self._shared.lock:
+            for experts in self.blocks.values():
+                experts.fill()
+
     def norms(self, block: str) -> list[float]:
         """Return the norm of each expert of a block; reads all of them."""
         return self._store.norms(block)

@@ -58,6 +58,17 @@ def test_a_restart_begins_with_the_experts_used_most(folders) -> None:
     assert entry.contents == ("use counts",) and not unneeded([entry])
 
 
+def test_without_counts_no_slot_stays_empty(folders) -> None:
+    with loaded(folders("Mixtral")) as served, kept_usage(served) as remark:
+        assert remark == ""
+        settled(served)
+        with served.isolated(served.policy):  # publishes what has been loaded
+            pass
+        assert all(len(one) == 3 for one in served.report()["resident"].values())
+        assert not any(map(sum, served.use_counts().values()))
+        served.check()
+
+
 def test_saves_while_serving(folders) -> None:
     with loaded(folders("Mixtral")) as served, kept_usage(served, every=0.01):
         file = UsageFile.of(served)

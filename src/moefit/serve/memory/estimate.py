@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules.conv import _ConvNd
 
+from moefit.checkpoint.direct_file import BOUNCE
 from moefit.checkpoint.safetensors import StoredTensor
 from moefit.device import planned_device
 from moefit.errors import BudgetTooSmallError, ConfigError
@@ -370,19 +371,23 @@ def _context(config: Any, settings: LoadSettings) -> int:
 
 
 def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
-    """Return the peak bytes besides the slot while one expert is read; zero if all are packed."""
+    """Return the peak bytes besides the slot while one expert is read; zero if all are packed.
+
+    Packed experts are aligned, so that direct reads need no buffer.
+    """
     missing = [
         (block, format)
         for block in skeleton.blocks
         for format in settings.formats(block.name)
         if not packed.has(block.name, format)
     ]
+    if not missing:
+        return 0
     unpacked = {block.name: block for block, _ in missing}
     experts = {name: skeleton.map.experts[name] for name in unpacked}
     encoding = (format.encoding_bytes(block.layout.specs) for block, format in missing)
-    return ExpertStore(skeleton.checkpoint, experts, unpacked).staging_bytes + max(
-        encoding, default=0
-    )
+    staging = ExpertStore(skeleton.checkpoint, experts, unpacked).staging_bytes
+    return BOUNCE + staging + max(encoding)
 
 
 def _first_use(skeleton: Skeleton, settings: LoadSettings, device: torch.device) -> int:

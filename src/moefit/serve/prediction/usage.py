@@ -117,8 +117,9 @@ def kept_usage(served: ServedModel, *, every: float = EVERY) -> Iterator[str]:
     """Begin with the experts that earlier runs used most, and save the counts of this run.
 
     Args:
-        served: The model. Its empty slots are filled in the background. It is served without use
-            counts, with a remark, if their file cannot be found.
+        served: The model. Its empty slots are filled in the background, with any experts where
+            there are no counts. It is served without use counts, with a remark, if their file
+            cannot be found.
         every: Seconds between two saves; the last one is at the end of the block.
 
     Yields:
@@ -138,6 +139,8 @@ def kept_usage(served: ServedModel, *, every: float = EVERY) -> Iterator[str]:
     if before is not None:
         served.warm_start(before)
         remark = "beginning with the experts that earlier runs used most"
+    else:
+        served.fill()
     stop = threading.Event()
     saver = threading.Thread(
         target=_save_until, args=(served, file, before, every, stop), name="moefit-usage"
