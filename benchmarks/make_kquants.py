@@ -2,11 +2,11 @@
 
     python benchmarks/make_kquants.py SHAPE.gguf TYPES.gguf OUT.gguf
 
-Quantising a large model to K-quants takes long, and values do not affect speed. Shapes, settings
-and vocabulary are those of SHAPE.gguf (moefit export --format gguf --type q4_0). Each tensor has
-the type of the same name in TYPES.gguf, a narrow model with as many layers, experts and heads per key
-head, on which the quantiser's choices depend (llama-quantize F16.gguf TYPES.gguf Q4_K_M). Needs a
-few hundred MB of memory for any size.
+Quantising a large model to K-quants takes long, and values do not affect speed. Shapes,
+settings and vocabulary are those of SHAPE.gguf (moefit export --format gguf --type q4_0). A
+tensor has the type of the same name in TYPES.gguf, a narrow model with as many layers, experts
+and heads per key head, on which the quantiser's choices depend (llama-quantize F16.gguf
+TYPES.gguf Q4_K_M). Needs a few hundred MB of memory for any size.
 """
 
 import argparse

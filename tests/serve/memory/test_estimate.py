@@ -181,7 +181,11 @@ def test_kernels_reserve_nothing_for_decoding(precision: str, tmp_path: Path, mo
     )
     specs = plain.blocks[0].layout.specs
     with_kernels = [memory_budget(one, settings) for one in (plain, biased)]
-    for module in ("memory.estimate.kernels", "layer.expert_executor.backend", "hf.attention.kernels"):
+    for module in (
+        "memory.estimate.kernels",
+        "layer.expert_executor.backend",
+        "hf.attention.kernels",
+    ):
         monkeypatch.setattr(f"moefit.serve.{module}", lambda *_: None)
     by_torch = [memory_budget(one, settings) for one in (plain, biased)]
     if kernels() is not None:

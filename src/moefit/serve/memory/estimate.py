@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.modules.conv import _ConvNd
 
-from moefit.checkpoint.direct_file import BOUNCE
+from moefit.checkpoint.direct_file import BOUNCE, LEAST
 from moefit.checkpoint.safetensors import StoredTensor
 from moefit.device import planned_device
 from moefit.errors import BudgetTooSmallError, ConfigError
@@ -387,7 +387,9 @@ def _reader_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStor
     experts = {name: skeleton.map.experts[name] for name in unpacked}
     encoding = (format.encoding_bytes(block.layout.specs) for block, format in missing)
     staging = ExpertStore(skeleton.checkpoint, experts, unpacked).staging_bytes
-    return BOUNCE + staging + max(encoding)
+    spans = (span for sources in experts.values() for one in sources for span in one.spans)
+    bounce = BOUNCE if any(span.nbytes >= LEAST for span in spans) else 0
+    return bounce + staging + max(encoding)
 
 
 def _first_use(skeleton: Skeleton, settings: LoadSettings, device: torch.device) -> int:
