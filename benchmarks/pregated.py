@@ -47,8 +47,12 @@ def config(given: Any, name: str, steps: int, rate: float, **changes: Any) -> An
                 "cache_dir": str(given.out / "data"),
             },
             "loss": {"load_balancing": 0.005, **changes.pop("loss", {})},
-            "optimizer": {"lr": rate, "warmup_steps": 20},
-            "log": {"every": 50, "eval_every": 100, "eval_tokens": 131_072},
+            "optimizer": {"lr": rate, "warmup_steps": min(20, steps // 10)},
+            "log": {
+                "every": 50,
+                "eval_every": 100,
+                "eval_tokens": changes.pop("eval_tokens", 131_072),
+            },
             "checkpoint": {"every": 50, "keep": 1},
             "steps": steps,
             "seq_len": 128,
@@ -76,16 +80,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, default=600, help="of the base, 1,024 tokens each")
     parser.add_argument("--more", type=int, default=300, help="further steps")
+    parser.add_argument("--begin", type=Path, help="model or run to start from; none is trained")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of further steps")
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
-    finish(config(given, "start", given.steps, 3e-3))
-    losses = {"start": held_out(given.out / "start")}
+    begin, losses = given.begin, dict[str, dict[int, float]]()
+    if begin is None:
+        begin = given.out / "start"
+        finish(config(given, "start", given.steps, 3e-3))
+        losses["start"] = held_out(begin)
     for name, pregated, kl in RUNS:
         loss = {"load_balancing": 0.0, "gate_kl": kl} if pregated else {}
         more = config(
-            given, name, given.more, given.rate, seed=1, loss=loss,
-            model={"pregated": pregated}, start_from=str(given.out / "start"),
+            given, name, given.more, given.rate, seed=1, loss=loss, eval_tokens=65_536,
+            model={"pregated": pregated}, start_from=str(begin),
         )  # fmt: skip
         finish(more)
         losses[name] = held_out(given.out / name)
