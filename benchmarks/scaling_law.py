@@ -52,7 +52,8 @@ class Measured:
         embeddings: Of the tied input and output matrix.
         active: Parameters without embeddings that a token reads under the model's own rule.
         loss: On held-out text under that rule, in nats per token.
-        rules: Loss and mean active parameters under sparse rules; of DS-MoE only.
+        rules: Loss above that of all experts, on the same tokens, and mean active parameters
+            under sparse rules; of DS-MoE only.
     """
 
     run: Planned
@@ -86,8 +87,8 @@ def measured(run: Planned, folder: Path, tokens: int) -> Measured:
             batch_size=16,
         )
         model, _ = load_full_model(str(folder))
-        for one in score(model, text, [Rule.parse(rule) for rule in ("dense", *RULES)]):
-            rules[one.rule] = one.loss, one.active_parameters
+        dense, *sparse = score(model, text, [Rule.parse(rule) for rule in ("dense", *RULES)])
+        rules = {one.rule: (one.loss - dense.loss, one.active_parameters) for one in sparse}
     return Measured(
         run=run,
         total=card.total_without_embeddings,
@@ -237,7 +238,7 @@ def show(runs: list[Measured], results: dict[str, Any]) -> None:
     table = Table("run", "total", "active", "loss", *RULES)
     for one in runs:
         rules = [
-            f"{one.rules[rule][0]:.3f} ({one.rules[rule][1]:,})" if one.rules else ""
+            f"{one.rules[rule][0]:+.3f} ({one.rules[rule][1]:,})" if one.rules else ""
             for rule in RULES
         ]
         table.add_row(one.run.name, f"{one.total:,}", f"{one.active:,}", f"{one.loss:.4f}", *rules)
@@ -273,8 +274,9 @@ def draw(runs: list[Measured], path: Path) -> None:
             axis.annotate(f"{label} {one.run.tokens:g}M", (x, one.loss), fontsize=5)
         for rule, marker in zip(RULES[1:], ("^", "x"), strict=True):
             if one.rules:
-                loss, active = one.rules[rule]
-                axes[1].plot(BYTES * (active + one.embeddings), loss, marker, color=colour, ms=5)
+                above, active = one.rules[rule]
+                x = BYTES * (active + one.embeddings)
+                axes[1].plot(x, one.loss + above, marker, color=colour, ms=5)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_xscale("log")
         axis.set_xlabel(f"{title}, bf16, embeddings included")
@@ -310,7 +312,8 @@ def main() -> None:
     if arguments.save:
         notes = (
             "N without embeddings; experts of sparse runs are all over active ones; losses on "
-            "65,536 held-out tokens; one seed, learning rates not tuned by size"
+            "65,536 held-out tokens; losses under sparse rules above that of all experts, on "
+            f"{arguments.tokens:,} tokens; one seed, learning rates not tuned by size"
         )
         rows = {"runs": [asdict(one) for one in runs], "not finished": missing, **results}
         path = record.write("scaling-law", rows, notes=notes, suffix=arguments.save)
