@@ -403,6 +403,8 @@ class Engine:
         self, scheduled: Sequence[ScheduledTokens], states: Sequence[RequestState]
     ) -> dict[str, tuple[int, ...]]:
         """Return what the step verifies besides its tokens, for requests that decode."""
+        if not self.speculation.enabled:
+            return {}
         decoding = {
             state.name: (state.tokens, state.drafts_at_most)
             for state, chunk in zip(states, scheduled, strict=True)

@@ -91,6 +91,11 @@ class Speculation:
         self._totals, self._without = _Totals(), 0
         self._failed = ""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is ever drafted."""
+        return self._drafter is not None
+
     def coverage(self, invariance: Invariance) -> SpeculationCoverage:
         """Return whether steps verify drafts in the mode in force. From any thread."""
         policy, drafter = self._served.policy, self._drafter
