@@ -1,4 +1,4 @@
-"""Greedy equality of vLLM and transformers for tiny DS-MoE models, and what is refused."""
+"""Greedy equality of vLLM and transformers for tiny DS-MoE models, and rules that are refused."""
 
 import importlib.util
 import json
@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import pytest
 import torch
-from moefit_vllm.model import _refuse_untested
 from moefit_vllm.routing import Rule
 from vllm import LLM, SamplingParams
 
@@ -120,25 +118,6 @@ def test_what_is_no_rule_is_refused(text):
     """Also a rule without its number."""
     with pytest.raises(ValueError, match="is none; use dense, top_k:K or threshold:EPS"):
         Rule.parse(text)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"tensor_parallel_size": 3},
-        {"pipeline_parallel_size": 2},
-        {"data_parallel_size": 2},
-        {"enable_expert_parallel": True},
-    ],
-)
-def test_several_devices_are_refused_by_name(changed):
-    """Whichever way of dividing the model is given."""
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    parallel = {**dict.fromkeys(sizes, 1), "enable_expert_parallel": False, **changed}
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**parallel), quant_config=None)
-    model = SimpleNamespace(router_type="linear", num_key_value_heads=2, intermediate_size=32)
-    with pytest.raises(ValueError, match=next(iter(changed))):
-        _refuse_untested(model, config)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from moefit_vllm.experts import DsMoeBlock, DsMoeRouter
+from moefit_vllm.refused import refuse_untested
 from moefit_vllm.routing import Rule
 
 
@@ -145,7 +146,7 @@ class DsMoeForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
-        _refuse_untested(config, vllm_config)
+        refuse_untested(config, vllm_config)
         self.config = config
         self.model = DsMoeModel(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
@@ -172,31 +173,3 @@ class DsMoeForCausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         kept = ((name, one) for name, one in weights if not (tied and name == "lm_head.weight"))
         return AutoWeightsLoader(self).load_weights(kept, mapper=self.hf_to_vllm_mapper)
-
-
-def _refuse_untested(config, vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what the plugin has not been tested with."""
-    parallel = vllm_config.parallel_config
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        count = getattr(parallel, name)
-        if count > 1:
-            raise ValueError(
-                f"{name}={count}: DS-MoE in vLLM is not tested with it; give 1, or "
-                "tensor_parallel_size"
-            )
-    if parallel.enable_expert_parallel:
-        raise ValueError(
-            "enable_expert_parallel=True: DS-MoE in vLLM is not tested with it; leave it out, or "
-            "give tensor_parallel_size"
-        )
-    if vllm_config.quant_config is not None:
-        raise ValueError("DS-MoE in vLLM computes in 16 or 32 bits; leave quantization out")
-    if config.router_type != "linear":
-        raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")
-    parts = parallel.tensor_parallel_size
-    for name in ("num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % parts:
-            raise ValueError(
-                f"tensor_parallel_size={parts} does not divide {name}={getattr(config, name)}; "
-                "give a number that does, such as 1"
-            )
