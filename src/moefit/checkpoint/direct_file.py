@@ -5,6 +5,7 @@ an expert would first have to reclaim as many pages. The system requires that of
 addresses are multiples of the storage's block size; spans of other alignment pass through a buffer.
 """
 
+import errno
 import mmap
 import os
 import threading
@@ -14,6 +15,8 @@ import numpy as np
 ALIGNMENT = 4096  # bytes; no storage in use has larger blocks
 LEAST = 64 << 10  # bytes; with fewer, the page cache is as fast
 BOUNCE = 1 << 20  # bytes of the buffer of each thread that reads spans of other alignment
+# Of file systems without direct reads, and of storage with larger blocks.
+_IMPOSSIBLE = (errno.EINVAL, errno.EOPNOTSUPP)
 _MAX_READ = 1 << 30  # bytes per call; Linux reads at most 2 GiB minus a page
 
 _of_thread = threading.local()
@@ -50,19 +53,24 @@ class DirectFile:
             The number of bytes read: 0 for small reads and where direct reads fail, which other
             reads then report or repair.
         """
-        if not self._usable or len(buffer) < LEAST:
+        if len(buffer) < LEAST:
             return 0
         try:
-            file = self._opened()
+            if (file := self._opened()) is None:
+                return 0
             if offset % ALIGNMENT == 0 and _address(buffer) % ALIGNMENT == 0:
                 return _straight(file, offset, buffer[: len(buffer) // ALIGNMENT * ALIGNMENT])
             return _by_bounce(file, offset, buffer)
-        except OSError:
-            self._usable = False  # EINVAL: larger blocks, or a file system without direct reads
+        except OSError as error:
+            if error.errno in _IMPOSSIBLE:
+                self._usable = False
             return 0
 
-    def _opened(self) -> int:
-        with self._lock:
+    def _opened(self) -> int | None:
+        """Return the descriptor; None once direct reads are over."""
+        with self._lock:  # a closed file's number may belong to another file
+            if not self._usable:
+                return None
             if self._descriptor is None:
                 self._descriptor = os.open(self._name, os.O_RDONLY | os.O_DIRECT)
             return self._descriptor

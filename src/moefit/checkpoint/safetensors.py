@@ -223,6 +223,11 @@ class SpanReader:
                     ) from error
                 time.sleep(0.01 * 4**attempt)
 
+    def version(self, path: Path) -> tuple[int, int]:
+        """Return what changes when an open file is written to: its time, in ns, and its size."""
+        found = os.fstat(self._files(path)[0])
+        return found.st_mtime_ns, found.st_size
+
     def _fill(self, buffer: memoryview, span: Span) -> None:
         descriptor, direct = self._files(span.path)
         done = first = 0 if direct is None else direct.read(span.offset, buffer)

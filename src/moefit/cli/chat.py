@@ -62,7 +62,8 @@ def chat(
         raise ConfigError("give a model, such as `reference`, or --url of a server")
     more = {"generation_config": generation_config.value, "helpers": RENDER_RESIDENT}
     with load_served(model, options, **more) as served:
-        served.fill()  # while the first message is written
+        if served.policy.mode == served.policy.prefill == "exact":  # others depend on residents
+            served.fill()  # while the first message is written
         say_generation(served.generation)
         engine = Engine(served)
         engine.start()

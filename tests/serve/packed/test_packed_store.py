@@ -339,3 +339,17 @@ def test_packed_store_is_not_read_unless_needed(
     )
     packed = open_packed(build_skeleton(folder), [NATIVE])
     assert packed.ignored == ()
+
+
+def test_a_file_that_changes_while_open_is_verified_again(folder: Path) -> None:
+    skeleton = build_skeleton(folder)
+    pack(skeleton, [INT4])
+    block = skeleton.blocks[0]
+    store, slot = open_packed(skeleton, [INT4]), dirty_slot(INT4, block.layout.specs)
+    store.read(block.name, 0, slot)
+    path = path_of(skeleton, INT4, 0)
+    place = read_packed(path).spans[0].offset
+    overwrite(path, place, bytes([path.read_bytes()[place] ^ 1]))
+    with pytest.raises(CheckpointError, match="damaged"):
+        store.read(block.name, 0, slot)
+    store.close()

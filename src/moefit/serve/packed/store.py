@@ -37,7 +37,7 @@ class PackedStore:
     def __init__(self, files: Mapping[tuple[str, str], PackedFile], ignored: tuple[str, ...] = ()):
         self._files, self.ignored = files, ignored
         self._reader = SpanReader()
-        self._verified: set[tuple[Path, int]] = set()
+        self._verified: set[tuple[Path, tuple[int, int], int]] = set()
 
     def has(self, block: str, format: Format) -> bool:
         """Return whether a block's experts are packed in a format."""
@@ -67,10 +67,11 @@ class PackedStore:
         data_B = into.buffer_B if on_cpu else torch.empty(into.nbytes, dtype=torch.uint8)
         data = bytes_of(data_B)
         self._reader.read_into(span, data)
-        if (file.path, expert) not in self._verified:
+        version = file.path, self._reader.version(file.path), expert
+        if version not in self._verified:
             if damage := file.damage(expert, data):
                 raise CheckpointError(damage)
-            self._verified.add((file.path, expert))
+            self._verified.add(version)
         if not on_cpu:
             into.buffer_B.copy_(data_B)
         return span.nbytes
