@@ -1,7 +1,7 @@
 """Answer a single request with an engine of its own, in the calling thread's time."""
 
 from collections.abc import Callable, Sequence
-from threading import Event as Flag
+from queue import SimpleQueue
 
 from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
@@ -25,7 +25,7 @@ def answer(
         prompt_ids: Token ids of the prompt.
         sampling: Sampling parameters.
         speculate: As in `EngineSettings`.
-        show: Called with each piece of text.
+        show: Called in this thread with each piece of text; what it raises ends the request.
 
     Returns:
         The generated tokens.
@@ -34,27 +34,24 @@ def answer(
         RequestTooLargeError: Prompt and completion exceed what model or KV cache hold.
         MoefitError: The request failed.
     """
-    tokens, ends, done = list[int](), list[FinishedEvent](), Flag()
-
-    def listen(event: Event) -> None:
-        if isinstance(event, TokenEvent):
-            tokens.append(event.token)
-            show(event.text)
-        elif isinstance(event, FinishedEvent):
-            show(event.text)
-            ends.append(event)
-            done.set()
-
+    events: SimpleQueue[Event] = SimpleQueue()
+    tokens: list[int] = []
     settings = EngineSettings(
         max_concurrency=1, max_waiting=1, prefix_cache="off", speculate=speculate
     )
     engine = Engine(served, settings)
     try:
-        engine.submit(prompt_ids, sampling, listen)
+        engine.submit(prompt_ids, sampling, events.put)
         engine.start()
-        done.wait()
+        while True:
+            event = events.get()
+            if isinstance(event, TokenEvent):
+                tokens.append(event.token)
+                show(event.text)
+            elif isinstance(event, FinishedEvent):
+                show(event.text)
+                if event.reason == "error":
+                    raise MoefitError(event.message)
+                return tokens
     finally:
         engine.close()
-    if ends[0].reason == "error":
-        raise MoefitError(ends[0].message)
-    return tokens
