@@ -1,5 +1,6 @@
 """Lines about models and requests that are too much for one machine."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from moefit.serve.outgrown import (
     Backlog,
     Subject,
     gpus_for,
+    plugin_gpus,
     size_line,
+    subject_of,
     unfit_line,
     vllm_line,
     weight_bytes,
@@ -33,6 +36,7 @@ def test_weights_fit_on_the_gpus_named(size: int, gpus: tuple[int, int]) -> None
 
 def test_line_has_the_parallelism_that_the_size_needs() -> None:
     line = vllm_line(Subject(name="a/b", weight_bytes=900 * GB))
+    assert line is not None
     words = shlex.split(line)
     assert words[:3] == ["vllm", "serve", "a/b"]
     assert words[words.index("--tensor-parallel-size") + 1] == "8"
@@ -41,10 +45,60 @@ def test_line_has_the_parallelism_that_the_size_needs() -> None:
 
 
 def test_dsmoe_is_exported_for_the_plugin_and_gguf_is_not_served() -> None:
-    assert "moefit-vllm" in vllm_line(Subject(name="runs/a", weight_bytes=1, is_dsmoe=True))
+    line = vllm_line(Subject(name="runs/a", weight_bytes=1, is_dsmoe=True))
+    assert line is not None and "moefit-vllm" in line
     gguf = Subject(name="big.gguf", weight_bytes=90 * GB, is_gguf=True)
-    assert "big.gguf" not in vllm_line(gguf)
+    assert "big.gguf" not in str(vllm_line(gguf))
     assert "the safetensors of big.gguf" in str(size_line(gguf, 90 * GB, 16 * GB))
+
+
+@pytest.mark.parametrize(
+    ("size", "kv_heads", "width", "gpus"),
+    [
+        (1, 2, 512, 1),
+        (100, 2, 512, 2),
+        (100, 3, 96, 3),  # the least divisor of both that is enough
+        (100, 8, 3, None),
+        (113, 2, 512, None),
+        (448, 8, 512, 8),
+        (1340, 32, 512, None),  # three machines, and the plugin has one
+    ],
+)
+def test_gpus_of_the_plugin_divide_the_model(
+    size: int, kv_heads: int, width: int, gpus: int | None
+) -> None:
+    subject = Subject(
+        name="a", weight_bytes=size * GB, is_dsmoe=True, kv_heads=kv_heads, expert_width=width
+    )
+    assert plugin_gpus(subject) == gpus
+    line = vllm_line(subject)
+    if gpus is None:
+        assert line is None
+        said = str(size_line(subject, size * GB, GB))
+        assert "does not serve this: its weights need" in said
+        assert f"num_key_value_heads={kv_heads}" in said and "vllm serve" not in said
+    else:
+        assert line is not None
+        assert (f"--tensor-parallel-size {gpus} " in line) == (gpus > 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, ""),
+        ({"inference_rule": "threshold:0.5"}, ""),
+        ({"inference_rule": "threshold_top_k:0.5"}, "inference_rule=threshold_top_k:0.5"),
+        ({"router_type": "grap"}, "router_type=grap"),
+        ({"pregated": True}, "pregated=true"),
+    ],
+)
+def test_what_the_plugin_refuses_is_said(tmp_path: Path, changed: dict, reason: str) -> None:
+    settings = {"model_type": "dsmoe", "num_attention_heads": 8, "num_attention_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **changed}))
+    subject = subject_of("runs/a", tmp_path)
+    assert (subject.kv_heads, subject.expert_width) == (2, 64)
+    assert reason in subject.refused and bool(reason) == bool(subject.refused)
+    assert (vllm_line(subject) is None) == bool(reason)
 
 
 def test_a_model_that_fits_has_no_line() -> None:
@@ -52,7 +106,7 @@ def test_a_model_that_fits_has_no_line() -> None:
     assert size_line(subject, 16 * GB, 16 * GB) is None
     assert unfit_line(subject, 20 * GB) is None
     for line in (size_line(subject, 21 * GB, 16 * GB), unfit_line(subject, 16 * GB)):
-        assert line is not None and "vllm serve a/b" in line and "docs/scaling.md" in line
+        assert line is not None and "vllm serve a/b" in line and "the page on scaling" in line
 
 
 def test_weight_bytes_are_those_of_weight_files(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 Decisions in plain Python: `moefit serve` prints their lines and does nothing else about them.
 """
 
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from moefit.checkpoint.model_folder import read_json_or_empty
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.moe.routing import Rule
 from moefit.serve.memory.budget import format_bytes
 
 GPU_BYTES = 80 * 10**9
@@ -18,7 +20,7 @@ WEIGHTS_SHARE = 0.7
 """Part of a GPU's memory for weights; of the rest vLLM leaves a tenth and holds the KV cache."""
 PATIENCE = 60.0  # seconds for which requests wait before a backlog is one
 SILENCE = 3600.0  # seconds between two lines about it
-_PAGE = "docs/scaling.md"
+_PAGE = "the page on scaling in moefit's documentation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +32,18 @@ class Subject:
         weight_bytes: Of the checkpoint, as it is on disk.
         is_dsmoe: Whether vLLM needs moefit's plugin for it.
         is_gguf: Whether it is a GGUF file.
+        kv_heads: `num_key_value_heads` of a DS-MoE, which tensor parallelism divides.
+        expert_width: `intermediate_size` of a DS-MoE, likewise.
+        refused: Why the plugin does not compute the model, whatever the number of GPUs.
     """
 
     name: str
     weight_bytes: int
     is_dsmoe: bool = False
     is_gguf: bool = False
+    kv_heads: int = GPUS_PER_MACHINE
+    expert_width: int = GPUS_PER_MACHINE
+    refused: str = ""
 
 
 def subject_of(name: str, path: Path) -> Subject:
@@ -45,13 +53,33 @@ def subject_of(name: str, path: Path) -> Subject:
         name: As on the command line.
         path: Its folder or file.
     """
-    kind = read_json_or_empty(path / "config.json").get("model_type") if path.is_dir() else None
+    settings = read_json_or_empty(path / "config.json") if path.is_dir() else {}
+    nbytes = weight_bytes(path)
+    if settings.get("model_type") != DsMoeConfig.model_type:
+        return Subject(name=name, weight_bytes=nbytes, is_gguf=path.suffix == ".gguf")
+    config = DsMoeConfig.from_dict(settings)
     return Subject(
         name=name,
-        weight_bytes=weight_bytes(path),
-        is_dsmoe=kind == DsMoeConfig.model_type,
-        is_gguf=path.suffix == ".gguf",
+        weight_bytes=nbytes,
+        is_dsmoe=True,
+        kv_heads=config.num_key_value_heads or 1,
+        expert_width=config.intermediate_size,
+        refused=_refused(config),
     )
+
+
+def _refused(config: DsMoeConfig) -> str:
+    """Return why the plugin refuses a model on any number of GPUs; empty if it does not."""
+    if Rule.parse(config.inference_rule).kind == "threshold_top_k":
+        return (
+            f"inference_rule={config.inference_rule}, whose number of experts depends on which "
+            "requests share a step"
+        )
+    if config.router_type != "linear":
+        return f"router_type={config.router_type}"
+    if config.pregated:
+        return "pregated=true, routers that are given the inputs of the block before"
+    return ""
 
 
 def weight_bytes(path: Path) -> int:
@@ -81,17 +109,50 @@ def gpus_for(nbytes: int) -> tuple[int, int]:
     return gpus, machines
 
 
-def vllm_line(subject: Subject) -> str:
+def plugin_gpus(subject: Subject) -> int | None:
+    """Return over how many GPUs of a machine the plugin divides a DS-MoE; None if it cannot.
+
+    It has tensor parallelism only, by numbers that divide the KV heads and the experts' width.
+
+    >>> plugin_gpus(Subject(name="a", weight_bytes=100 * 10**9, kv_heads=6, expert_width=96))
+    2
+    """
+    common = math.gcd(subject.kv_heads, subject.expert_width)
+    for gpus in range(1, GPUS_PER_MACHINE + 1):
+        if common % gpus == 0 and subject.weight_bytes <= gpus * WEIGHTS_SHARE * GPU_BYTES:
+            return gpus
+    return None
+
+
+def plugin_refusal(subject: Subject) -> str:
+    """Return why moefit's plugin for vLLM does not serve a DS-MoE; empty if it does."""
+    if subject.refused or plugin_gpus(subject) is not None:
+        return subject.refused
+    gpus, machines = gpus_for(subject.weight_bytes)
+    return (
+        f"its weights need {gpus * machines} GPUs, and the plugin divides a model over the GPUs of "
+        f"one machine, by a divisor of num_key_value_heads={subject.kv_heads} and "
+        f"intermediate_size={subject.expert_width}"
+    )
+
+
+def vllm_line(subject: Subject) -> str | None:
     """Return the shell command that serves a model with vLLM, on GPUs of 80 GB.
+
+    Returns:
+        None for a DS-MoE that `plugin_refusal` gives a reason for.
 
     >>> vllm_line(Subject(name="allenai/OLMoE-1B-7B-0924", weight_bytes=14 * 10**9))
     'vllm serve allenai/OLMoE-1B-7B-0924'
     """
     name = shlex.quote(subject.name)
-    gpus, machines = gpus_for(subject.weight_bytes)
     if subject.is_dsmoe:
+        if plugin_refusal(subject):
+            return None
+        gpus = plugin_gpus(subject) or 1
         parts = f" --tensor-parallel-size {gpus}" if gpus > 1 else ""
         return f"moefit export {name} OUT --format dsmoe && vllm serve OUT{parts}  # moefit-vllm"
+    gpus, machines = gpus_for(subject.weight_bytes)
     if subject.is_gguf:
         name = "MODEL"  # the safetensors that the file was made of
     line = f"vllm serve {name}"
@@ -103,8 +164,12 @@ def vllm_line(subject: Subject) -> str:
 
 
 def _beyond(subject: Subject) -> str:
+    line = vllm_line(subject)
+    if line is None:
+        reason = plugin_refusal(subject)
+        return f"moefit's plugin for vLLM does not serve this: {reason}; see {_PAGE}"
     needs = f" (the safetensors of {subject.name})" if subject.is_gguf else ""
-    return f"past one machine, on GPUs of 80 GB: {vllm_line(subject)}{needs}; see {_PAGE}"
+    return f"past one machine, on GPUs of 80 GB: {line}{needs}; see {_PAGE}"
 
 
 def size_line(subject: Subject, needed: int, machine: int) -> str | None:
