@@ -15,9 +15,11 @@ paper's table of speeds. vLLM runs in an environment without moefit, which needs
 
 import argparse
 import json
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def timed(load: Load, generate: Callable[[int], None]) -> Speed:
         load: The requests.
         generate: Generates the given number of new tokens for all of them.
     """
-    generate(1)  # compiles and allocates
+    generate(min(2, load.new))  # compiles and allocates, for prompts and for decoding
     began = time.perf_counter()
     generate(1)
     first = time.perf_counter() - began
@@ -169,6 +171,7 @@ def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=longest,
         max_num_seqs=max(load.batch for load in loads),
+        enable_prefix_caching=False,  # the same prompts are run several times
         gpu_memory_utilization=0.9,
     )
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -185,6 +188,13 @@ def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict
 
         speeds.append(asdict(timed(load, generate)))
     return {"speeds": speeds}
+
+
+def _alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function in a process of its own, whose end frees all GPU memory."""
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawning) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def show(results: dict[str, Any]) -> None:
@@ -218,7 +228,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, (preset_name, rule) in SHAPES[arguments.size].items():
         if arguments.engine == "vllm":
-            results[name] = with_vllm(arguments.configs / name, loads, dtype)
+            results[name] = _alone(with_vllm, arguments.configs / name, loads, dtype)
             continue
         settings = configuration(preset_name, rule, arguments.layers)
         if arguments.write_configs:
