@@ -151,9 +151,12 @@ def test_equals_one_device_bit_for_bit(make, rule: str, tokens: int, format: str
     padding=st.sampled_from([0.0, 0.4, 1.0]),
     twice=st.booleans(),
     seed=st.integers(0, 99),
+    warm=st.sets(st.integers(0, NUM_EXPERTS - 1)),
 )
-def test_any_division(slots, places, tokens, number, padding, twice, seed) -> None:
+def test_any_division(slots, places, tokens, number, padding, twice, seed, warm) -> None:
     layer = Layer(slots, lambda _costs, absent, _resident: min(number, len(absent)), places=places)
+    layer.warm(sorted(warm))
+    warmed = sum(layer.cache.report()[name] for name in ("host_reads", "host_hits"))
     try:
         for step in range(3):
             x_TD, routing = case(tokens, seed=seed + step, padding=padding, twice=twice)
@@ -163,9 +166,40 @@ def test_any_division(slots, places, tokens, number, padding, twice, seed) -> No
     finally:
         layer.close()
     counters = layer.counters
-    assert layer.cache.report()["host_reads"] + layer.cache.report()["host_hits"] == (
-        counters.fetches + counters.computed_on_host
-    )
+    requests = sum(layer.cache.report()[name] for name in ("host_reads", "host_hits"))
+    assert requests - warmed == counters.fetches + counters.computed_on_host
+
+
+@pytest.mark.parametrize(("places", "computed"), [(1, 0), (2, 1), (3, 2)])
+def test_what_the_host_computes_leaves_a_buffer_for_reading(make, places, computed) -> None:
+    """Every expert that is read passes through host memory."""
+    layer, ended = make(2, "compute-all", places=places).warm(list(range(places))), []
+    ids_TK = torch.tensor([[*range(places), 5]])
+    routing = Routing(ids_TK, torch.ones(ids_TK.shape))
+    x_TD = torch.randn(1, WIDTH)
+    thread = threading.Thread(target=lambda: ended.append(layer(x_TD, routing)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended, "the step waits for a buffer for ever"
+    assert torch.equal(ended[0], alone(x_TD, routing, "native"))
+    assert layer.counters.computed_on_host == computed
+    layer.check()
+
+
+def test_failed_hold_releases_the_others(make, monkeypatch) -> None:
+    layer = make(2, "compute-all").warm()
+    hold = layer.cache.hold
+
+    def fails(block: str, expert: int, like: Any) -> Any:
+        if expert == 3:
+            raise MemoryError("no more")
+        return hold(block, expert, like)
+
+    monkeypatch.setattr(layer.cache, "hold", fails)
+    ids_TK = torch.tensor([[0, 1, 3]])
+    with pytest.raises(MemoryError, match="no more"):
+        layer(torch.randn(1, WIDTH), Routing(ids_TK, torch.ones(1, 3)))
+    layer.check()
 
 
 def test_what_the_host_computes_enters_no_slot_and_moves_no_weights(make) -> None:

@@ -55,11 +55,12 @@ class HostTable:
     Attributes:
         hits: Requests that found their expert in a buffer.
         reads: Buffers that were filled.
+        largest: Bytes of the largest expert that was requested.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.hits = self.reads = 0
+        self.hits = self.reads = self.largest = 0
         self._entries: dict[Key, _Entry] = {}
         self._next = 0
         self._requests = DecayedCounter[Key](HALF_LIFE)
@@ -82,6 +83,7 @@ class HostTable:
             are in use. Retry after any `complete`, `abandon` or `release`.
         """
         assert nbytes <= self.limit, f"{nbytes} bytes never fit into {self.limit}"
+        self.largest = max(self.largest, nbytes)
         entry = self._entries.get(key)
         if entry is None:
             return self._fresh(key, nbytes)
@@ -216,6 +218,11 @@ class HostCache:
             if slot is None or slot.buffer_B is not buffer_B or not _alike(slot, like):
                 slot = self._slots[lease.buffer] = like.over(buffer_B)
             return HeldExpert(slot, lease)
+
+    def holdable(self, nbytes: int) -> int:
+        """Return how many experts of a size may be held while others are read through the cache."""
+        with self._changed:
+            return max(0, self.limit - max(self._table.largest, nbytes)) // nbytes
 
     def release(self, held: HeldExpert) -> None:
         """Let an expert that was held be evicted again."""

@@ -87,7 +87,12 @@ class HostExperts:
         self._executor = ExpertExecutor(block.layout, torch.device("cpu"))
 
     def begin(
-        self, demand: Demand, absent: Sequence[int], slots: Mapping[int, Slot]
+        self,
+        demand: Demand,
+        absent: Sequence[int],
+        slots: Mapping[int, Slot],
+        *,
+        loading: bool = False,
     ) -> tuple[list[int], "HostWork | None"]:
         """Divide the misses of a step, and start computing those that are not fetched.
 
@@ -95,6 +100,7 @@ class HostExperts:
             demand: Of the step.
             absent: Its misses.
             slots: The block's slots, which all have one format where misses are divided.
+            loading: Whether other experts of the step are being loaded already.
 
         Returns:
             The experts to fetch, in that order, and the work on the others; end it in any case.
@@ -107,19 +113,34 @@ class HostExperts:
             demand, [one for one in absent if cache.has(name, one, like.format)]
         )
         number = self._fetched(demand, there)
-        held = {one: cache.hold(name, one, like) for one in there[number:]}
-        work = HostWork(
-            self._side,
-            self._executor,
-            demand,
-            {one: expert for one, expert in held.items() if expert is not None},
-        )
+        # What is loaded passes through host memory, so it needs a buffer before this work ends.
+        most = cache.holdable(like.nbytes)
+        if loading or number or len(there) < len(absent):
+            number = max(number, len(there) - most)
+        held = self._held(there[number:], like)
+        while len(held) > most and len(held) < len(absent):  # one was evicted in the meantime
+            cache.release(held.pop(next(iter(held))))
+        work = HostWork(self._side, self._executor, demand, held)
         fetched = [one for one in absent if one not in there]  # from storage, which takes longest
         fetched += [one for one in there if one not in work.experts]
         if not work.experts:
             return fetched, None
         work.start()
         return fetched, work
+
+    def _held(self, experts: Sequence[int], like: Slot) -> dict[int, HeldExpert]:
+        """Keep experts in host memory, and return those that are still there."""
+        cache, held = self._side.cache, dict[int, HeldExpert]()
+        try:
+            for expert in experts:
+                one = cache.hold(self._block.name, expert, like)
+                if one is not None:
+                    held[expert] = one
+        except BaseException:
+            for one in held.values():
+                cache.release(one)
+            raise
+        return held
 
     def _hottest_first(self, demand: Demand, experts: Sequence[int]) -> list[int]:
         scores = self._scores

@@ -190,7 +190,7 @@ class ExpertInvoker:
             here = [one for one in demand.rows if one in residents]
             absent = [one for one in demand.rows if one not in residents and one not in loads]
             if self.host is not None and absent:
-                absent, work = self.host.begin(demand, absent, self._slots)
+                absent, work = self.host.begin(demand, absent, self._slots, loading=bool(loads))
             remaining, to_load = deque([*here, *loads, *absent]), deque(absent)
             num_resident = len(here)
             self._counters.fetches += len(to_load) + len(loads)
