@@ -218,6 +218,9 @@ def main() -> None:
     for run in runs:
         begin = time.process_time()
         result = train(run_config(run, arguments.text, arguments.out), NoDisplay())
+        if result.stopped_by is not None:
+            print(f"stopped by {result.stopped_by} in {run.name}; the same command resumes")
+            return
         minutes = (time.process_time() - begin) / 60
         print(f"{run.name}: {result.held_out_loss:.4f} nats, {minutes:.1f} min", flush=True)
 
