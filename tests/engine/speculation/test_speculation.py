@@ -290,12 +290,43 @@ def test_drafts_end_where_the_answer_may_end(olmoe) -> None:
     assert 0 < max(drafted) <= MAX_STEP_DRAFTS
 
 
-def test_a_failing_drafter_is_switched_off(olmoe) -> None:
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [
+        (lambda _: 1 / 0, "ZeroDivisionError"),
+        (lambda _: None, "TypeError"),
+        (lambda wanted: dict.fromkeys(wanted, "text"), "AttributeError"),
+        (lambda wanted: dict.fromkeys(wanted, Draft(cast(Any, "text"), 3)), "ValueError"),
+        (lambda wanted: dict.fromkeys(wanted, Draft((1,), cast(Any, None))), "TypeError"),
+        (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(), evidence=3)), ""),
+        (lambda _: {"unknown": Draft(tokens=(1, 2), evidence=3)}, ""),
+        (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(7,) * 40, evidence=3)), ""),
+    ],
+)  # fmt: skip
+def test_a_failing_drafter_is_switched_off(olmoe, monkeypatch, returned, error) -> None:
+    """Drafts that cannot be used end no request; those that are too long are cut."""
     with drafting(olmoe) as (engine, scripted):
-        scripted.script = [(1, None)]  # pyright: ignore[reportAttributeAccessIssue]
-        plain = ask(engine, text(5), greedy(6)).wait()
-        assert plain.end.reason == "length"
-        assert "TypeError" in engine.speculation_coverage.describe()
+        plain = [ask(engine, text(n), greedy(6)).wait().tokens for n in (5, 9)]
+        asked: list[int] = []
+
+        def draft(wanted: Mapping[str, tuple[Sequence[int], int]]) -> Any:
+            asked.extend(most for _, most in wanted.values())
+            return returned(wanted)
+
+        monkeypatch.setattr(scripted, "draft", draft)
+        verified, observe = list[int](), engine.speculation.observe
+
+        def observed(request: str, tokens: Sequence[int], length: int) -> None:
+            verified.append(length)
+            observe(request, tokens, length)
+
+        monkeypatch.setattr(engine.speculation, "observe", observed)
+        heard = [ask(engine, text(n), greedy(6)).wait() for n in (5, 9)]
+        assert [one.tokens for one in heard] == plain
+        assert {one.end.reason for one in heard} == {"length"}
+        assert max(verified) <= max(asked) <= 5
+        assert engine.speculation_coverage.active == (not error)
+        assert error in engine.speculation_coverage.describe()
 
 
 def test_when_nothing_is_drafted(olmoe, tmp_path) -> None:

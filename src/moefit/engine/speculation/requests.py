@@ -9,7 +9,7 @@ where noted.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moefit.engine.invariance import Invariance
 from moefit.engine.speculation.cost import (
@@ -152,12 +152,13 @@ class Speculation:
             name: (text, min(left, MAX_DRAFT)) for name, (text, left) in decoding.items() if left
         }
         try:
-            self._drafts = self._drafter.draft(wanted)
+            self._drafts = _as_wanted(self._drafter.draft(wanted), wanted)
+            lengths = self._lengths(tokens)
         except Exception as error:  # noqa: BLE001 - drafts are never worth a request
             _LOG.exception("no tokens are drafted any more")
+            self._drafts = {}
             self._failed = f"drafting failed ({type(error).__name__}: {error})"
             return {}
-        lengths = self._lengths(tokens)
         return {name: self._drafts[name].tokens[:length] for name, length in lengths.items()}
 
     def _lengths(self, tokens: int) -> dict[str, int]:
@@ -228,6 +229,20 @@ class Speculation:
         if (now := self._served.budget) is not self._budget:
             self._budget = now
             self._times = StepTimes(growth_of(self._served))
+
+
+def _as_wanted(
+    drafts: Mapping[str, Draft], wanted: Mapping[str, tuple[Sequence[int], int]]
+) -> dict[str, Draft]:
+    """Return the drafts of these requests that are not empty, no longer than was asked for.
+
+    More tokens would be written beyond what the KV cache reserves for a request.
+    """
+    return {
+        name: replace(drafts[name], tokens=tokens)
+        for name, (_, most) in wanted.items()
+        if name in drafts and (tokens := tuple(map(int, drafts[name].tokens[:most])))
+    }
 
 
 def growth_of(served: ServedModel) -> StepGrowth:
