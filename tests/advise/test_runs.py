@@ -1,6 +1,7 @@
 """Runs from CSV files: what is left out, and what is refused."""
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,37 @@ def test_a_run_without_a_checkpoint_is_left_out(tmp_path: Path) -> None:
     runs = read_runs([run])
     assert not runs.used
     assert runs.left_out == {str(run): "it has no checkpoint yet"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ([3.0, 3.2], "it has no checkpoint yet"),
+        ([3.0, 9.0], "it diverged: its loss rose from 3.000 to 9.000 nats"),
+        ([3.0, float("nan")], "it diverged: its held-out loss is not finite"),
+        ([None], "it diverged: its held-out loss is not finite"),
+    ],
+)
+def test_a_run_that_diverged_before_its_first_checkpoint(
+    tmp_path: Path, losses: list, reason: str
+) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 10\n")
+    lines = [
+        json.dumps({"kind": "eval", "step": step, "loss": loss}) for step, loss in enumerate(losses)
+    ]
+    half = '{"kind": "train", "st'  # as a live run may have written
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, half]))
+    assert read_runs([tmp_path]).left_out == {str(tmp_path): reason}
+
+
+def test_unreadable_files_of_a_run_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: [10\n")
+    with pytest.raises(DataError, match=r"is not a finished run .*it is not YAML"):
+        read_runs([tmp_path])
+    (tmp_path / "config.yaml").write_text("steps: 10\n")
+    (tmp_path / "log.jsonl").write_text('{"kind": \n{"kind": "train", "step": 1}\n')
+    with pytest.raises(DataError, match="is not a finished run"):
+        read_runs([tmp_path])
 
 
 def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from moefit.yaml_text import load_yaml
 REQUIRED = ("parameters", "tokens", "loss")
 OPTIONAL = ("name", "experts", "tokenizer", "data", "diverged")
 _DIVERGED = 0.5  # nats above the run's lowest held-out loss
+_UNREADABLE = (ConfigError, OSError, ValueError, LookupError, TypeError, StopIteration)
 _SPARE_RUNS = 2  # beyond the number of coefficients
 _EQUAL = 1.01  # largest ratio of quantities that count as equal
 
@@ -250,25 +251,21 @@ def _read_folder(folder: Path, counts: Count) -> Run:
         return running
     try:
         settings = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
+        records = _records(folder)
         last = sorted(folder.glob("step-*"))[-1]
         model = json.loads((last / "config.json").read_text(encoding="utf-8"))
         tokenizer = (last / "tokenizer.json").read_bytes()
         steps, data = settings["steps"], settings["data"]
         tokens_per_step = next(one["tokens_per_step"] for one in records if one["kind"] == "run")
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-        raise DataError(
-            f"{folder} is not a finished run of `moefit train` ({type(error).__name__}: {error}); "
-            f"{_nearest(folder)}"
-        ) from error
+    except _UNREADABLE as error:
+        raise _no_run(folder, error) from error
     if model.get("model_type") != DsMoeConfig.model_type:
         raise DataError(
             f"{folder} trained a {model.get('model_type')}; only runs with architecture dsmoe say "
             "how many of their experts are active in training"
         )
     card = model_card(DsMoeConfig.from_dict(model))
-    losses = [one["loss"] for one in records if one["kind"] == "eval"]
+    losses = _held_out(records)
     done = max((one["step"] for one in records), default=0)
     text = {key: data.get(key) for key in ("sources", "held_out", "held_out_fraction", "max_bytes")}
     return Run(
@@ -287,8 +284,31 @@ def _begun(folder: Path) -> Run | None:
     """Return a run without a checkpoint, to be left out; None if there is one, or no run."""
     if not (folder / "config.yaml").is_file() or any(folder.glob("step-*")):
         return None
+    try:
+        load_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        losses = _held_out(_records(folder)) if (folder / "log.jsonl").exists() else []
+    except _UNREADABLE as error:
+        raise _no_run(folder, error) from error
+    left_out = (_divergence(losses) if losses else "") or "it has no checkpoint yet"
     nothing = {"parameters": 1.0, "tokens": 1.0, "experts": 1.0, "loss": math.nan}
-    return Run(name=str(folder), left_out="it has no checkpoint yet", **nothing)
+    return Run(name=str(folder), left_out=left_out, **nothing)
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a log, without a last line that a training run has begun to write."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _held_out(records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [one["loss"] for one in records if one["kind"] == "eval"]
+
+
+def _no_run(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder} is not a finished run of `moefit train` ({type(error).__name__}: {error}); "
+        f"{_nearest(folder)}"
+    )
 
 
 def _nearest(folder: Path) -> str:
@@ -300,13 +320,25 @@ def _nearest(folder: Path) -> str:
 
 
 def _unusable(losses: Sequence[Any], done: int, steps: int) -> str:
-    if not losses or losses[-1] is None or not math.isfinite(losses[-1]):
+    if not losses or not _is_finite(losses[-1]):
         return "its held-out loss is missing or not finite"
     if done < steps:
         return f"it stopped at step {done} of {steps}"
-    if losses[-1] > min(losses) + _DIVERGED:
-        return f"it diverged: its loss rose from {min(losses):.3f} to {losses[-1]:.3f} nats"
+    return _divergence(losses)
+
+
+def _divergence(losses: Sequence[Any]) -> str:
+    """Return how held-out losses diverged; empty if they did not."""
+    if not _is_finite(losses[-1]):
+        return "it diverged: its held-out loss is not finite"
+    least = min(one for one in losses if _is_finite(one))
+    if losses[-1] > least + _DIVERGED:
+        return f"it diverged: its loss rose from {least:.3f} to {losses[-1]:.3f} nats"
     return ""
+
+
+def _is_finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
 
 
 def _active_experts(card: ModelCard) -> int:
