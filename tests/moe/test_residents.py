@@ -98,6 +98,17 @@ def test_gradient_moves_the_choice_towards_residents():
     assert not logits.grad[0, 0].any()
 
 
+@pytest.mark.parametrize("finite", [1, 2, 3])
+def test_excluded_experts_have_no_effect_on_the_loss(finite):
+    logits = torch.full((1, 6, 5), -math.inf)
+    logits[..., :finite] = torch.arange(finite).float()
+    logits.requires_grad_()
+    loss = eviction_loss(logits, TOP_2, 2)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
 def test_training_with_the_loss_raises_hits():
     torch.manual_seed(0)
     logits = torch.randn(2, 48, 8, requires_grad=True)

@@ -69,7 +69,9 @@ def choice_margins(logits_TE: Tensor, rule: Rule) -> Tensor:
         border = torch.tensor(rule.epsilon / logits_TE.shape[-1]).log()
         return logits_TE.log_softmax(-1) - border.to(logits_TE.device)
     best_TK = logits_TE.detach().topk(rule.k + 1, dim=-1).values
-    return logits_TE - best_TK[..., -2:].mean(-1, keepdim=True)
+    # Logits of -inf exclude experts: a border of -inf would give those a margin of NaN.
+    least = torch.finfo(best_TK.dtype).min / 4
+    return logits_TE - best_TK[..., -2:].clamp_min(least).mean(-1, keepdim=True)
 
 
 def eviction_loss(logits_BTE: Tensor, rule: Rule, slots: int) -> Tensor:
