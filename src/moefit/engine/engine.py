@@ -391,7 +391,9 @@ class Engine:
             with torch.inference_mode():
                 rows = self._runner.step(inputs).split([one.num_logits for one in inputs])
                 self._process_logits(scheduled, states, rows, drafts)
-            self.speculation.stepped(sum(len(one.tokens) for one in inputs), monotonic() - began)
+            if all(map(_decodes, states, scheduled)):  # in prefill, steps are of other lengths
+                tokens = sum(len(one.tokens) for one in inputs)
+                self.speculation.stepped(tokens, monotonic() - began)
             self._failed_steps = (0, 0.0)
         except BaseException as error:  # noqa: BLE001 - any error in a model's code or files
             self._failed_steps = (self._failed_steps[0] + 1, monotonic())
@@ -408,7 +410,7 @@ class Engine:
         decoding = {
             state.name: (state.tokens, state.drafts_at_most)
             for state, chunk in zip(states, scheduled, strict=True)
-            if chunk.start >= len(state.prompt)
+            if _decodes(state, chunk)
         }
         tokens = sum(chunk.stop - chunk.start for chunk in scheduled)
         return self.speculation.propose(decoding, tokens, self.invariance) if decoding else {}
@@ -501,6 +503,11 @@ class Engine:
             self._prefixes.close(state)
         except BaseException:  # noqa: BLE001 - any error in a runner
             _LOG.exception("the KV cache of request %s could not be freed", state.name)
+
+
+def _decodes(state: RequestState, chunk: ScheduledTokens) -> bool:
+    """Return whether a chunk is beyond its request's prompt."""
+    return chunk.start >= len(state.prompt)
 
 
 def _append_token(state: RequestState, choice: Choice | Failure) -> None:

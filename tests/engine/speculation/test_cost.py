@@ -101,6 +101,18 @@ def test_single_slow_steps_count_little() -> None:
     assert times.seconds(4) == pytest.approx(0.13)
 
 
+def test_one_slow_step_does_not_switch_drafts_off() -> None:
+    """A size that no later step has, such as the end of a prompt read from a cold disk."""
+    times = StepTimes(StepGrowth())
+    times.add(2, 2.0)
+    for _ in range(500):
+        times.add(1, 0.010)
+    for _ in range(50):
+        times.add(4, 0.012)
+    likely = {"a": [0.99, 0.98, 0.97]}
+    assert choose_lengths(likely, tokens=1, most=8, seconds=times.seconds) == {"a": 3}
+
+
 def test_acceptance_of_a_request_follows_its_own_text() -> None:
     acceptance = Acceptance()
     for name in ("copies", "writes"):

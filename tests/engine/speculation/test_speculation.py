@@ -290,14 +290,18 @@ def test_drafts_end_where_the_answer_may_end(olmoe) -> None:
     assert 0 < max(drafted) <= MAX_STEP_DRAFTS
 
 
+def drafted(tokens: Any, evidence: Any) -> Draft:
+    return Draft(tokens=tokens, evidence=evidence)
+
+
 @pytest.mark.parametrize(
     ("returned", "error"),
     [
         (lambda _: 1 / 0, "ZeroDivisionError"),
         (lambda _: None, "TypeError"),
         (lambda wanted: dict.fromkeys(wanted, "text"), "AttributeError"),
-        (lambda wanted: dict.fromkeys(wanted, Draft(cast(Any, "text"), 3)), "ValueError"),
-        (lambda wanted: dict.fromkeys(wanted, Draft((1,), cast(Any, None))), "TypeError"),
+        (lambda wanted: {one: drafted("text", 3) for one in wanted}, "ValueError"),
+        (lambda wanted: {one: drafted((1,), None) for one in wanted}, "TypeError"),
         (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(), evidence=3)), ""),
         (lambda _: {"unknown": Draft(tokens=(1, 2), evidence=3)}, ""),
         (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(7,) * 40, evidence=3)), ""),

@@ -168,7 +168,8 @@ class StepTimes:
     def seconds(self, tokens: int) -> float | None:
         """Return the expected seconds of a step; None before the first measurement.
 
-        Between two measured sizes it is interpolated, and no step is faster than a smaller one.
+        Between two measured sizes it is interpolated. Steps of a size take at most as long as
+        larger ones were measured to take, so that one slow step does not outweigh later ones.
         """
         size = _size(tokens)
         below = [one for one in self._known if one <= size]
@@ -176,17 +177,21 @@ class StepTimes:
         if not below and not above:
             return None
         if not below:
-            return self._known[min(above)][0] / self._growth(min(above)) * self._growth(size)
-        slowest = max(self._known[one][0] for one in below)
+            return self._most(min(above)) / self._growth(min(above)) * self._growth(size)
+        slowest = max(map(self._most, below))
         nearest = max(below)
         if nearest == size:
             return slowest
-        if above and (largest := self._known[min(above)][0]) > slowest:
+        if above and (largest := self._most(min(above))) > slowest:
             part = (size - nearest) / (min(above) - nearest)
             return slowest + part * (largest - slowest)
         if above:
             return slowest
         return slowest * self._growth(size) / self._growth(nearest)
+
+    def _most(self, size: int) -> float:
+        """Return the seconds of a measured size, at most those of any larger one."""
+        return min(mean for one, (mean, _) in self._known.items() if one >= size)
 
     def clear(self) -> None:
         """Forget all measurements, such as after a change of the budget."""
