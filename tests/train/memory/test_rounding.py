@@ -192,8 +192,15 @@ def test_rounded_steps_have_another_loss(sparse, callback, tmp_path):
     ("settings", "message"),
     [
         ({"formats": []}, "rounding.formats: .*at least 1 item"),
-        ({"formats": ["int1"]}, "precision 'int1' does not exist; .* nearest: int2"),
-        ({"formats": ["native"]}, "formats contains 'native', which does not round; .* int4"),
+        (
+            {"formats": ["int4", "int1"]},
+            "rounding.formats contains 'int1', .* there are int2, int3",
+        ),
+        ({"formats": ["mxfp4"]}, "rounding.formats contains 'mxfp4', .* there are .*int4"),
+        (
+            {"formats": ["native"]},
+            "formats contains 'native', which training cannot round to; .* int4",
+        ),
         ({"begin": 1}, "rounding.begin: .*less than 1"),
         ({"begin": 0.95}, r"begin=0.95 of steps=8 leaves no rounded step; .* begin=0.875"),
         ({"bits": 3}, "rounding.bits: unknown key"),

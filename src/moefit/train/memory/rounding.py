@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from moefit.errors import ConfigError
 from moefit.quant.backend import decoded
 from moefit.quant.encode import encode
-from moefit.quant.format import GroupedFormat, parse_format
+from moefit.quant.format import FORMATS, GroupedFormat
 from moefit.train.config import TrainConfig
 from moefit.train.settings import RoundingConfig
 
@@ -170,9 +170,10 @@ def rounded(weights_ERC: Tensor, formats_E: list[GroupedFormat]) -> Tensor:
 
 
 def _grouped(name: str) -> GroupedFormat:
-    format_ = parse_format(name)
+    format_ = FORMATS.get(name)
     if not isinstance(format_, GroupedFormat):
+        known = ", ".join(key for key, one in FORMATS.items() if isinstance(one, GroupedFormat))
         raise ConfigError(
-            f"rounding.formats contains {name!r}, which does not round; give formats such as int4"
+            f"rounding.formats contains {name!r}, which training cannot round to; there are {known}"
         )
     return format_
