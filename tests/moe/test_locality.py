@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moefit.moe.locality import WINDOW, locality_statistics, routing_locality_loss
+from moefit.moe.residents import slot_hits
 
 
 def test_loss_equals_slow_reference():
@@ -49,6 +50,15 @@ def test_sequences_are_separate():
     apart = locality_statistics([one_hot([0, 1, 1, 0], 2)], 2, 1)
     assert "reuse_distance" not in apart  # neither sequence uses an expert twice
     assert locality_statistics([one_hot([0, 1, 1, 0], 2)], 1, 1)["reuse_distance"] == 2  # 3 and 1
+
+
+def test_hits_are_of_two_sequences_of_512_tokens():
+    """The rest of a batch changes other statistics, and not this one."""
+    logits = torch.randn(4, 600, 6)
+    found = locality_statistics([logits.flatten(0, 1)], 4, 2)
+    few = logits[:2, :512]
+    assert found["slot_hits"] == pytest.approx(slot_hits(few, 2, 2))
+    assert found["slot_hits"] != pytest.approx(slot_hits(logits, 2, 2), abs=1e-9)
 
 
 def test_statistics_are_empty_without_routers():

@@ -290,7 +290,7 @@ def _begun(folder: Path) -> Run | None:
     except _UNREADABLE as error:
         raise _no_run(folder, error) from error
     left_out = (_divergence(losses) if losses else "") or "it has no checkpoint yet"
-    nothing = {"parameters": 1.0, "tokens": 1.0, "experts": 1.0, "loss": math.nan}
+    nothing: dict[str, Any] = {"parameters": 1.0, "tokens": 1.0, "experts": 1.0, "loss": math.nan}
     return Run(name=str(folder), left_out=left_out, **nothing)
 
 

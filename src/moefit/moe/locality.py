@@ -15,6 +15,8 @@ from torch import Tensor
 from moefit.moe.residents import slot_hits
 
 WINDOW = 32
+HITS_SEQUENCES, HITS_TOKENS = 2, 512
+"""Most that `slot_hits` looks at: its simulation goes token by token in Python."""
 
 
 def routing_locality_loss(logits_BTE: Tensor) -> Tensor:
@@ -39,7 +41,8 @@ def locality_statistics(logits: Sequence[Tensor], sequences: int, k: int) -> dic
     - `reuse_distance`: tokens since an expert was last among the K best of its sequence; first
       uses are left out, and so is the statistic if no expert is used twice.
     - `slot_hits`: share of the K best experts that a server with E / 3 slots holds (at least K;
-      the same eviction as the server's), from the second token of a sequence on.
+      the same eviction as the server's), from the second token of a sequence on; in the first
+      512 tokens of the first two sequences.
 
     Args:
         logits: Per layer [B * T, E].
@@ -65,7 +68,8 @@ def _one(logits_BTE: Tensor, k: int) -> Tensor:
     covered_N = mean_NE.topk(max(1, round(num_experts / 3)), dim=-1).values.sum(-1)
     distance = _reuse_distance(scores_BTE.topk(min(k, num_experts), dim=-1).indices, num_experts)
     chosen = min(k, num_experts)
-    hits = torch.tensor(slot_hits(logits_BTE, chosen, max(chosen, round(num_experts / 3))))
+    few_BTE = logits_BTE[:HITS_SEQUENCES, :HITS_TOKENS]
+    hits = torch.tensor(slot_hits(few_BTE, chosen, max(chosen, round(num_experts / 3))))
     return torch.stack([entropy_N.mean().cpu() / scale, covered_N.mean().cpu(), distance, hits])
 
 
