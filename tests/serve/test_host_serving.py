@@ -23,7 +23,7 @@ from tiny_served import (
     with_slots,
 )
 
-from moefit.errors import CheckpointError
+from moefit.errors import CheckpointError, ConfigError, DeviceError
 from moefit.serve import load
 from moefit.serve.config import LoadSettings
 from moefit.serve.io.loads import BACKGROUND_READERS
@@ -175,6 +175,24 @@ def test_host_side_says_why_it_is_off(folders, monkeypatch) -> None:
         assert "cannot be read" in served.report()["hybrid"]["obstacle"]
         disk.failures = 0
         assert generated(served) == generated(model_of("Mixtral"))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), ConfigError("no bandwidth"), DeviceError("gone")]
+)
+def test_only_a_rule_given_by_name_has_to_be_measured(folders, monkeypatch, error) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moefit.serve.hybrid.start.measure_costs", fails)
+    with serving(folders("Mixtral"), monkeypatch, slots=1, places=3) as served:
+        served.start_host_side("auto")
+        assert str(error) in served.report()["hybrid"]["obstacle"]
+        assert generated(served) == generated(model_of("Mixtral"))
+        with pytest.raises(type(error), match=str(error)):
+            served.start_host_side("balanced")
+        served.start_host_side("auto")
+        served.check()
 
 
 @pytest.mark.parametrize("step", ["load_dense_weights", "grow"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moefit.errors import CheckpointError, in_brief
+from moefit.errors import CheckpointError, MoefitError, in_brief
 from moefit.moe.families import MoeBlock
 from moefit.serve.cache.host_cache import HeldExpert, HostCache
 from moefit.serve.cache.slot import Slot
@@ -71,6 +71,10 @@ def start_host_side(
         cache: Experts in host memory; a few are read.
         engine: Copies between host memory and the device.
         name: Of a rule; `auto` is the one with the shortest layers.
+
+    Raises:
+        MoefitError: A rule given by name cannot be used, such as on a link without bandwidth.
+        RuntimeError: The same for an error of torch.
     """
     rule = BEST if name == AUTO_COMPUTE else name
     if rule == FETCH_ALL:
@@ -79,7 +83,12 @@ def start_host_side(
         return HostComputing(obstacle="there is no host memory for experts beside the slots")
     try:
         costs = _measured(model, blocks, cache, engine)
-    except (CheckpointError, OSError) as error:
+        if costs is not None:
+            costs.check()
+    except (MoefitError, OSError, RuntimeError) as error:
+        # Fetching all misses always works, so only a rule that was asked for by name is an error.
+        if name != AUTO_COMPUTE and not isinstance(error, (CheckpointError, OSError)):
+            raise
         return HostComputing(obstacle=f"its speed could not be measured ({in_brief(error)})")
     if costs is None:
         return HostComputing(obstacle="every expert has a slot of its own format")
