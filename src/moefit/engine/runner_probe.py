@@ -79,7 +79,7 @@ def prepared(
     if settings.deterministic:
         served.make_deterministic()
     runner = choose_runner(served, places)
-    step = settings.prefill_chunk + settings.max_concurrency
+    step = settings.prefill_chunk + settings.logit_rows
     sizes = StepSizes(
         tokens=longest if runner.whole_prompts else step, threads=torch.get_num_threads()
     )

@@ -333,6 +333,19 @@ def test_a_failing_drafter_is_switched_off(olmoe, monkeypatch, returned, error) 
         assert error in engine.speculation_coverage.describe()
 
 
+def test_drafts_count_in_the_size_of_steps(olmoe, monkeypatch) -> None:
+    """What is not covered depends on how large steps become."""
+    sizes = []
+    monkeypatch.setattr(
+        "moefit.engine.runner_probe.uncovered_operations",
+        lambda _served, _runner, _places, size: sizes.append(size.tokens) or (),
+    )
+    for speculate in ("off", "ngram"):
+        with running(olmoe, speculate=speculate, prefill_chunk=7, max_concurrency=2):
+            pass
+    assert sizes == [9, 9 + MAX_STEP_DRAFTS]
+
+
 def test_when_nothing_is_drafted(olmoe, tmp_path) -> None:
     with running(olmoe) as engine:
         assert engine.speculation_coverage.describe() == "no tokens are drafted: switched off"
