@@ -21,6 +21,7 @@ import moefit
 from moefit import demo
 from moefit.cli import app, models
 from moefit.cli.app import error_of
+from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS
 from moefit.errors import CheckpointError, ConfigError, DataError, MoefitError
 from moefit.quant.cpu_kernels import status
 from moefit.serve.precision.allocate import AUTO_FORMATS
@@ -104,6 +105,22 @@ def test_generate_with_drafts_prints_the_same(saved):
     assert "draws other tokens" in drawn.stderr and drawn.stdout != plain
     with pytest.raises(DataError, match="the prompt is empty"):
         run(*command[:2], "", "--speculate", "ngram")
+
+
+def test_generate_reserves_what_drafting_takes(saved, monkeypatch):
+    """Logits of drafts and the index of the text, but no KV cache of other sequences."""
+    given = {}
+
+    def load(*_: object, **how: object) -> None:
+        given.update(how)
+        raise MoefitError("enough")
+
+    monkeypatch.setattr("moefit.cli.models.load_served", load)
+    command = ("generate", saved, "some", "--speculate", "ngram", "--context", "1000")
+    with pytest.raises(MoefitError, match="enough"):
+        run(*command)
+    assert given["sequences"] == 1 and given["draft_rows"] == MAX_STEP_DRAFTS
+    assert given["helpers"] == 1000 * LOOKUP_BYTES
 
 
 def test_generate_uses_sampling_options(saved):

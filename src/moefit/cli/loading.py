@@ -91,7 +91,9 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         **{"dense-precision": dense},
     )
     with console.status("planning"):
-        plan = plan_for(model, options, settings.get("sequences"), settings.get("helpers", 0))
+        drafts = settings.get("draft_rows", 0)
+        rows = settings["sequences"] + drafts if "sequences" in settings else None
+        plan = plan_for(model, options, rows, settings.get("helpers", 0))
     say(f"plan: {in_a_line(plan)}")
     device = {
         "host_memory": options.host_memory,
@@ -103,7 +105,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         chosen["kv_cache"] = options.kv_cache.value
     if options.memory is not None:
         chosen["memory"] = options.memory
-    with loading() as progress, _explain_sequences(plan, chosen["sequences"]):
+    with loading() as progress, _explain_sequences(plan, chosen["sequences"] + drafts):
         served = load(model, **chosen, progress=progress)
     if plan.rule is not None:
         use_rule(served.model, Rule.parse(plan.rule))

@@ -60,7 +60,7 @@ from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.engine.api import SamplingParams
 from moefit.engine.one_request import answer
-from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS
+from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.evaluated_model import evaluated_model
@@ -170,8 +170,8 @@ def generate(
     refuse_without_tokenizer(folder)
     drafts = speculate is not SpeculateName.off
     if drafts or is_served(model, options):
-        rows = {"sequences": 1 + MAX_STEP_DRAFTS} if drafts else {}
-        with load_served(model, options, generation_config=following, **rows) as served:
+        more = {"sequences": 1, **_draft_memory(options.context)} if drafts else {}
+        with load_served(model, options, generation_config=following, **more) as served:
             say_generation(served.generation, engine=drafts)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
@@ -187,6 +187,11 @@ def generate(
     say_generation(use_generation_config(loaded, folder, tokenizer, following), engine=False)
     with nullcontext() if rule is None else evaluated_model(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, how)
+
+
+def _draft_memory(context: int) -> dict[str, int]:
+    """Return what drafting takes beside the model, as `LoadSettings` has it."""
+    return {"draft_rows": MAX_STEP_DRAFTS, "helpers": LOOKUP_BYTES * context}
 
 
 def _generate_arguments(sampling: SamplingOptions) -> dict[str, Any]:

@@ -428,7 +428,11 @@ def _loaded(
     following: str,
 ) -> tuple[ServedModel, Plan | None]:
     """Load the model, with memory for the logits of requests that run at once."""
-    how = {**shared_steps(settings.logit_rows), "generation_config": following}
+    how = {
+        **shared_steps(settings.max_concurrency),
+        "draft_rows": settings.draft_rows,
+        "generation_config": following,
+    }
     if settings.prefix_folder is not None:
         how["helpers"] += BUFFERS_BYTES
     if settings.speculate != "off":

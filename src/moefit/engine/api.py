@@ -122,7 +122,12 @@ class EngineSettings:
     @property
     def logit_rows(self) -> int:
         """How many tokens of a step may have logits, besides those of prompts."""
-        return self.max_concurrency + (MAX_STEP_DRAFTS if self.speculate != "off" else 0)
+        return self.max_concurrency + self.draft_rows
+
+    @property
+    def draft_rows(self) -> int:
+        """How many drafted tokens a step may have."""
+        return MAX_STEP_DRAFTS if self.speculate != "off" else 0
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""

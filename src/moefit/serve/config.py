@@ -199,6 +199,7 @@ class LoadSettings:
         manager: Plans swaps in virtual mode.
         placement: Slots and formats per block, instead of equal shares in one precision.
         sequences: How many sequences a step may return logits for.
+        draft_rows: How many drafted tokens a step may return logits for besides.
         prompt_logits: Largest size in bytes of a step's prompt logits, where requested.
         helpers: Bytes of other processes that count against the same budget.
         kv_cache: `model` holds keys and values in the model's dtype, `int8` rounds them to eight
@@ -225,6 +226,7 @@ class LoadSettings:
     manager: VirtualExpertManager = field(default_factory=VirtualExpertManager)
     placement: Placement | None = None
     sequences: int = 1
+    draft_rows: int = 0
     prompt_logits: int = 0
     helpers: int = 0
     kv_cache: str = MODEL_CACHE

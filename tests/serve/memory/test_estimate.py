@@ -265,3 +265,14 @@ def test_estimate_includes_logits(tmp_path: Path) -> None:
         - memory_budget(skeleton, LoadSettings(context=64)).workspace
         == 16 << 20
     )
+
+
+def test_drafted_tokens_take_logits_and_no_kv_cache(tmp_path: Path) -> None:
+    """A step verifies drafts of the same sequences, however many they are."""
+    model = tiny("Olmoe", vocab_size=1000, max_position_embeddings=64).bfloat16()
+    skeleton = build_skeleton(saved(model, tmp_path))
+    plain = memory_budget(skeleton, LoadSettings(context=4096))
+    drafting = memory_budget(skeleton, LoadSettings(context=4096, draft_rows=24))
+    assert (drafting.context, drafting.kv_cache) == (plain.context, plain.kv_cache)
+    assert plain.context == 64
+    assert drafting.workspace - plain.workspace == 24 * 1000 * (2 + 4)

@@ -109,7 +109,7 @@ def workspace_bytes(
 
 
 def extra_logits_bytes(
-    config: Any, tokens: int, dtype: torch.dtype, sequences: int, prompt_logits: int
+    config: Any, tokens: int, dtype: torch.dtype, rows: int, prompt_logits: int
 ) -> int:
     """Return the bytes of a step's logits that `workspace_bytes` does not include.
 
@@ -117,11 +117,11 @@ def extra_logits_bytes(
         config: The model's transformers configuration.
         tokens: In the step.
         dtype: Of logits; those of sampled tokens exist in float32 too.
-        sequences: In the step; one of them is in `workspace_bytes`.
+        rows: Of sampled and drafted tokens; one of them is in `workspace_bytes`.
         prompt_logits: The largest size in bytes of a prompt's own logits.
     """
     vocabulary = _first(config.get_text_config(decoder=True), "vocab_size") or 0
-    others = (sequences - 1) * vocabulary * (4 + dtype.itemsize)
+    others = (rows - 1) * vocabulary * (4 + dtype.itemsize)
     return others + min(prompt_logits, tokens * vocabulary * dtype.itemsize)
 
 

@@ -264,7 +264,9 @@ def memory_budget(
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
         workspace=workspace_bytes(config, context, dtype, first_use=first_use)
-        + extra_logits_bytes(config, context, dtype, settings.sequences, settings.prompt_logits),
+        + extra_logits_bytes(
+            config, context, dtype, settings.sequences + settings.draft_rows, settings.prompt_logits
+        ),
         first_use=first_use,
         staging=_staging_bytes(skeleton, settings, packed),
         host=_host_bytes(skeleton, settings) if on_gpu else None,
