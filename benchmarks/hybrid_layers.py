@@ -13,6 +13,7 @@ import argparse
 import statistics
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
@@ -62,9 +63,8 @@ def limited(rate: float) -> Any:
         def output(self, slot, x_RD):
             raise NotImplementedError("kernels compute these experts")
 
-        def fused(self, slots):
-            slots = list(slots)
-            found = super().fused(slots)
+        def fused(self, slots: Iterable[Slot]) -> Any:
+            found = super().fused(list(slots))
             return None if found is None else Slowed(found, rate)
 
     return SlowExecutor

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def with_transformers(
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    model = DsMoeForCausalLM(DsMoeConfig.from_dict(settings)).to(device).eval()
+    model: Any = DsMoeForCausalLM(DsMoeConfig.from_dict(settings))
+    model = model.to(device).eval()
     torch.set_default_dtype(default)
     model.generation_config.eos_token_id = None  # as many tokens as asked for
     speeds = []
@@ -161,10 +163,10 @@ def with_transformers(
 
 def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Measure vLLM, which makes random weights for a configuration."""
-    from vllm import LLM, SamplingParams
+    vllm: Any = import_module("vllm")  # type checks do not depend on the optional package
 
     longest = max(load.prompt + load.new for load in loads)
-    llm = LLM(
+    llm = vllm.LLM(
         str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -182,7 +184,9 @@ def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict
         def generate(new: int, ids_BT: list[list[int]] = ids_BT) -> None:
             llm.generate(
                 [{"prompt_token_ids": ids} for ids in ids_BT],
-                SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False),
+                vllm.SamplingParams(
+                    temperature=0, max_tokens=new, ignore_eos=True, detokenize=False
+                ),
                 use_tqdm=False,
             )
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -152,7 +152,7 @@ def _stock(model: str, experts_per_token: int | None) -> Iterator[Path]:
     config.inference_rule = str(Rule(kind="top_k", k=k, renormalize=rule.renormalize))
     refuse_dsmoe(config)
     loaded, tokenizer = load_full_model(model)
-    loaded.set_inference_rule(Rule.parse(config.inference_rule))
+    cast(DsMoeForCausalLM, loaded).set_inference_rule(Rule.parse(config.inference_rule))
     with TemporaryDirectory(prefix="moefit-") as made:
         path = Path(made) / folder.name
         export_olmoe(loaded, path, experts_per_token=k, tokenizer=tokenizer, grouped=False)

@@ -72,9 +72,10 @@ def olmoe_config(
             "save_pretrained saves it as a dsmoe checkpoint instead"
         )
     record = dropout_record(config)
-    trained = {} if record is None else {KEY: record.as_dict()}
+    trained: dict[str, Any] = {} if record is None else {KEY: record.as_dict()}
+    shared: dict[str, Any] = {name: copy.deepcopy(getattr(config, name)) for name in _SHARED}
     return OlmoeConfig(
-        **{name: copy.deepcopy(getattr(config, name)) for name in _SHARED} | trained | chosen,
+        **(shared | trained | chosen),
         norm_topk_prob=Rule.parse(config.inference_rule).renormalize,
         router_aux_loss_coef=config.load_balancing_loss_coef,
     )
