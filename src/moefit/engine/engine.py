@@ -451,12 +451,12 @@ class Engine:
             self._scheduler.append_tokens(state.name, len(run))
             if len(run) > 1:
                 self._prefixes.accept(state, draft[: len(run) - 1])
-        for choice in run:
+        for left, choice in zip(range(len(run) - 1, -1, -1), run, strict=True):
             if state.finished:  # such as by a text that stops
                 return
             with self._changed:
                 self._rate.add(1)
-            _append_token(state, choice)
+            _append_token(state, choice, more=left > 0)
 
     def _isolated(self, state: RequestState, act: Callable[[], None]) -> None:
         """Run a function for one request; an error finishes that request only."""
@@ -510,11 +510,11 @@ def _decodes(state: RequestState, chunk: ScheduledTokens) -> bool:
     return chunk.start >= len(state.prompt)
 
 
-def _append_token(state: RequestState, choice: Choice | Failure) -> None:
+def _append_token(state: RequestState, choice: Choice | Failure, *, more: bool) -> None:
     if isinstance(choice, Exception):
         state.finish("error", str(choice), code=getattr(choice, "code", ""))
     else:
-        state.append(*choice)
+        state.append(*choice, more=more)
 
 
 def _error_text(error: BaseException) -> str:

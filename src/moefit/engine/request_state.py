@@ -142,15 +142,23 @@ class RequestState:
             if self.sampling.max_tokens == 0:
                 self.finish("length")
 
-    def append(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Append a generated token and send it; finishes the request if it is the last one."""
+    def append(self, token: int, logprob: TokenLogprob | None, *, more: bool = False) -> None:
+        """Append a generated token and send it; finishes the request if it is the last one.
+
+        Args:
+            token: The token.
+            logprob: Its log-probability, if it is wanted.
+            more: Whether the sampler has chosen further tokens already, so that its grammar is
+                ahead of this one.
+        """
         self._tokens.append(token)
         is_eos = token in self._stop_ids
         text = ""
         if self._text is not None:
             text = self._text.end(token) if is_eos else self._text.push(token)
         self._notify(TokenEvent(token=token, text=text, logprob=logprob))
-        if is_eos or self.sampler.complete or (self._text is not None and self._text.stopped):
+        complete = not more and self.sampler.complete
+        if is_eos or complete or (self._text is not None and self._text.stopped):
             self.finish("stop")
         elif self.num_generated >= self.sampling.max_tokens:
             self.finish("length")

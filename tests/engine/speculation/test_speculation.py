@@ -1,5 +1,6 @@
 """Answers with drafts are bit-equal to plain ones, whatever the drafts are."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from moefit.engine.api import EngineSettings, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.cache import PrefixCache
 from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS, Draft
+from moefit.engine.structured.grammar import GrammarCompiler
+from moefit.engine.structured.sources import regex_part, whole
 from moefit.errors import ConfigError
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
@@ -259,13 +262,44 @@ def test_prompt_lookup_of_the_shipped_model(cache, tmp_path) -> None:
         found = {}
         for speculate in ("off", "ngram"):
             with running(served, speculate=speculate) as engine:
+                engine.speculation.choose = everything
                 found[speculate] = [ask(engine, ids, one).wait() for one in sampling]
                 stats = engine.stats()
         for plain, drafted in zip(found["off"], found["ngram"], strict=True):
             assert result(plain) == result(drafted)
             assert plain.text == drafted.text
         assert stats.speculation is not None
-        assert stats.speculation.drafted + stats.speculation.plain_steps > 0
+        assert stats.speculation.drafted > 0
+
+
+@compiled
+def test_drafts_within_a_grammar() -> None:
+    """Both wrong tokens and right ones that the grammar does not allow are refused."""
+    with moefit.load("reference", context=256, dtype=torch.float32) as served:
+        compiler = GrammarCompiler(
+            served.tokenizer, size=served.model.config.vocab_size, eos_ids={0}
+        )
+        form = compiler.compile(whole(regex_part("[a-z]{4}=[0-9]{3,12}", "it")))
+        prompt = served.tokenizer("def area(")["input_ids"]
+        asked = [
+            greedy(30, grammar=form),
+            SamplingParams(max_tokens=30, seed=4, temperature=1.0, grammar=form, logprobs=0),
+        ]
+        with running(served) as engine:
+            free = ask(engine, prompt, greedy(30, ignore_eos=True)).wait()
+            plain = [ask(engine, prompt, one).wait() for one in asked]
+        assert all(re.fullmatch("[a-z]{4}=[0-9]{3,12}", one.text) for one in plain)
+        for answer, script in (
+            (free.tokens, (5, 0)),
+            (plain[0].tokens, (7, 0)),
+            (plain[0].tokens, (7, 3)),
+        ):
+            with drafting(served) as (engine, scripted):
+                scripted.answers[tuple(prompt)], scripted.script = answer, [script]
+                found = [ask(engine, prompt, one).wait() for one in asked]
+                drafted = engine.stats().speculation
+            assert list(map(result, found)) == list(map(result, plain))
+            assert drafted is not None and drafted.drafted > 0
 
 
 def test_drafts_end_where_the_answer_may_end(olmoe) -> None:
