@@ -140,6 +140,13 @@ def test_a_run_that_diverged_before_its_first_checkpoint(
     assert read_runs([tmp_path]).left_out == {str(tmp_path): reason}
 
 
+def test_a_run_that_says_that_it_diverged(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 10\n")
+    last = {"kind": "diverged", "step": 3, "reason": "loss nan"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(last) + "\n")
+    assert read_runs([tmp_path]).left_out == {str(tmp_path): "it diverged at step 3: loss nan"}
+
+
 def test_unreadable_files_of_a_run_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: [10\n")
     with pytest.raises(DataError, match=r"is not a finished run .*it is not YAML"):

@@ -392,7 +392,7 @@ def test_version():
         (["export", "MODEL", "OUT", "-k", "6"], "6"),
         (["export", "MODEL", "OUT"], "give --experts-per-token K, or --format gguf"),
         (["export", "MODEL", "OUT", "-k", "2", "--type", "f16"], "--type is an option of"),
-        (["export", "MODEL", "OUT", "--format", "gguf", "-k", "2"], "--experts-per-token is an"),
+        (["export", "OLMOE", "OUT", "--format", "gguf", "-k", "2"], "--experts-per-token is an"),
     ],
 )
 def test_invalid_arguments_raise(saved, tmp_path, arguments, words, monkeypatch):

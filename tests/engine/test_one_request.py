@@ -27,6 +27,20 @@ def test_text_is_shown_in_the_calling_thread(served) -> None:
     assert len(tokens) == 6 and set(threads) == {current_thread()}
 
 
+def test_says_why_nothing_is_drafted(served) -> None:
+    remarks = []
+    answer(served, text(5), greedy(2), speculate="ngram", remark=remarks.append)
+    assert not remarks
+    served.set_mode("virtual")
+    try:
+        answer(served, text(5), greedy(2), remark=remarks.append)
+        assert not remarks
+        answer(served, text(5), greedy(2), speculate="ngram", remark=remarks.append)
+    finally:
+        served.set_mode("exact", prefill="exact")
+    assert len(remarks) == 1 and "in mode virtual" in remarks[0]
+
+
 @pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
 def test_error_of_the_reader_ends_the_request(served, error) -> None:
     """Such as that of a closed pipe; another request can be answered afterwards."""

@@ -10,6 +10,14 @@ from moefit.dsmoe.model import DsMoeForCausalLM
 torch.set_num_threads(1)
 
 VOCABULARY = 37
+OLMOE = {  # `model` of a training configuration
+    "architecture": "olmoe",
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 4,
+}
 
 
 def tiny_config(**changes) -> DsMoeConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_models import OLMOE
 
 from moefit.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from moefit.train import checkpoint, loop
@@ -61,14 +62,7 @@ def test_settings_of_many_processes_are_said_to_have_no_effect(tree, callback):
 
 
 def test_olmoe_trains_densely(tree, callback):
-    tree["model"] = {
-        "architecture": "olmoe",
-        "hidden_size": 32,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_experts": 4,
-    }
+    tree["model"] = OLMOE
     tree["loss"] = {"mlp_mi": 0.02}
     result = train(make_config(tree), callback)
     assert result.step == 8

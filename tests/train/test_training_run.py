@@ -160,11 +160,13 @@ def test_sparse_steps_alternate(tree, callback, monkeypatch):
     assert rules == [None] * 5 + ["threshold:0.5", None, "threshold:0.5"]
 
 
-def test_divergence_error_names_step_and_checkpoint(config, callback, during):
+def test_divergence_error_names_step_and_checkpoint(config, callback, during, tmp_path):
     during(5, spoil)
     words = r"step 6: loss nan.*step-00000004; try a lower optimizer\.lr .*with out=FOLDER"
     with pytest.raises(DivergenceError, match=words):
         train(config, callback)
+    last = read_log(tmp_path / "run")[-1]
+    assert (last["kind"], last["step"]) == ("diverged", 6) and "loss nan" in last["reason"]
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,6 @@ def _read_folder(folder: Path, counts: Count) -> Run:
         )
     card = model_card(DsMoeConfig.from_dict(model))
     losses = _held_out(records)
-    done = max((one["step"] for one in records), default=0)
     text = {key: data.get(key) for key in ("sources", "held_out", "held_out_fraction", "max_bytes")}
     return Run(
         name=str(folder),
@@ -276,7 +275,7 @@ def _read_folder(folder: Path, counts: Count) -> Run:
         loss=losses[-1] if losses else math.nan,
         tokenizer=hashlib.sha256(tokenizer).hexdigest()[:12],
         data=json.dumps(text),
-        left_out=_unusable(losses, done, steps),
+        left_out=_unusable(losses, records, steps),
     )
 
 
@@ -286,10 +285,10 @@ def _begun(folder: Path) -> Run | None:
         return None
     try:
         load_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
-        losses = _held_out(_records(folder)) if (folder / "log.jsonl").exists() else []
+        records = _records(folder) if (folder / "log.jsonl").exists() else []
     except _UNREADABLE as error:
         raise _no_run(folder, error) from error
-    left_out = (_divergence(losses) if losses else "") or "it has no checkpoint yet"
+    left_out = _divergence(_held_out(records), records) or "it has no checkpoint yet"
     nothing: dict[str, Any] = {"parameters": 1.0, "tokens": 1.0, "experts": 1.0, "loss": math.nan}
     return Run(name=str(folder), left_out=left_out, **nothing)
 
@@ -319,16 +318,22 @@ def _nearest(folder: Path) -> str:
     return "give run folders, or one .csv file with a row per run"
 
 
-def _unusable(losses: Sequence[Any], done: int, steps: int) -> str:
-    if not losses or not _is_finite(losses[-1]):
-        return "its held-out loss is missing or not finite"
-    if done < steps:
-        return f"it stopped at step {done} of {steps}"
-    return _divergence(losses)
+def _unusable(losses: Sequence[Any], records: Sequence[Mapping[str, Any]], steps: int) -> str:
+    if reason := _divergence(losses, records):
+        return reason
+    if not losses:
+        return "its held-out loss is missing"
+    done = max(one["step"] for one in records)
+    return f"it stopped at step {done} of {steps}" if done < steps else ""
 
 
-def _divergence(losses: Sequence[Any]) -> str:
-    """Return how held-out losses diverged; empty if they did not."""
+def _divergence(losses: Sequence[Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """Return how a run diverged, as it says itself or by its held-out losses; empty if not."""
+    for one in records:
+        if one["kind"] == "diverged":
+            return f"it diverged at step {one['step']}: {one['reason']}"
+    if not losses:
+        return ""
     if not _is_finite(losses[-1]):
         return "it diverged: its held-out loss is not finite"
     least = min(one for one in losses if _is_finite(one))

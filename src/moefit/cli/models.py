@@ -231,7 +231,7 @@ def _stream(
 def _stream_drafted(
     served: ServedModel, prompt: str, how: dict[str, Any], seed: int, speculate: SpeculateName
 ) -> None:
-    """Print the continuation, by the engine; the same greedy tokens as by `_stream`."""
+    """Print the continuation, by the engine: the greedy tokens of `_stream` without beams."""
     ids = served.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
     if not ids:
         raise DataError("the prompt is empty; give at least one character")
@@ -246,7 +246,7 @@ def _stream_drafted(
         print(served.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
     params = SamplingParams(max_tokens=how["max_new_tokens"], seed=seed, **chosen)
     show = partial(print, end="", flush=True)
-    answer(served, list(ids), params, speculate=speculate.value, show=show)
+    answer(served, list(ids), params, speculate=speculate.value, show=show, remark=say)
     print()
 
 

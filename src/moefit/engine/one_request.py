@@ -17,6 +17,7 @@ def answer(
     *,
     speculate: SpeculateSetting = "off",
     show: Callable[[str], object] = lambda text: None,
+    remark: Callable[[str], object] = lambda line: None,
 ) -> list[int]:
     """Generate a completion.
 
@@ -26,6 +27,7 @@ def answer(
         sampling: Sampling parameters.
         speculate: As in `EngineSettings`.
         show: Called in this thread with each piece of text; what it raises ends the request.
+        remark: Called with the reason if nothing is drafted although `speculate` asks for it.
 
     Returns:
         The generated tokens.
@@ -40,7 +42,10 @@ def answer(
         max_concurrency=1, max_waiting=1, prefix_cache="off", speculate=speculate
     )
     engine = Engine(served, settings)
+    coverage = engine.speculation_coverage
     try:
+        if speculate != "off" and not coverage.active:
+            remark(f"note: {coverage.describe()}")
         engine.submit(prompt_ids, sampling, events.put)
         engine.start()
         while True:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moefit.graphs import outside_of_graphs
-from moefit.moe.routing import Rule
+from moefit.moe.routing import Rule, active_experts
 
 HALF_LIFE = 24.0  # tokens; of the eviction policy `lfu`
 TEMPERATURE = 1.0  # of the soft choice, in units of logits
@@ -101,15 +101,9 @@ def eviction_loss(logits_BTE: Tensor, rule: Rule, slots: int) -> Tensor:
 
 
 def chosen_experts(logits_BTE: Tensor, rule: Rule) -> Tensor:
-    """Return chosen_BTE, True for the experts that the rule chooses: those of a margin above 0.
-
-    Of equal logits at the border `topk` decides, and a threshold rule always chooses the best.
-    """
-    if rule.k is None:
-        best_BT1 = logits_BTE.argmax(-1, keepdim=True)
-        return (choice_margins(logits_BTE, rule) > 0).scatter(-1, best_BT1, True)
-    ids_BTK = logits_BTE.topk(rule.k, dim=-1).indices
-    return torch.zeros_like(logits_BTE, dtype=torch.bool).scatter_(-1, ids_BTK, True)
+    """Return chosen_BTE, True for the experts that the rule chooses."""
+    scores_NE = logits_BTE.detach().softmax(-1).flatten(0, -2)
+    return active_experts(scores_NE, rule).view(logits_BTE.shape)
 
 
 def slot_hits(logits_BTE: Tensor, k: int, slots: int) -> float:
@@ -123,6 +117,6 @@ def slot_hits(logits_BTE: Tensor, k: int, slots: int) -> float:
     Returns:
         0 to 1; NaN for sequences of one token.
     """
-    chosen_BTE = chosen_experts(logits_BTE.detach(), Rule(kind="top_k", k=k))
+    chosen_BTE = chosen_experts(logits_BTE, Rule(kind="top_k", k=k))
     resident_BTE, _ = simulated_residents(chosen_BTE, slots)
     return float((resident_BTE & chosen_BTE)[:, 1:].sum(-1).float().mean()) / k

@@ -409,6 +409,7 @@ class Trainer:
 
     def _diverged(self, step: int, reason: str) -> DivergenceError:
         self.saver.finish()
+        self._write("diverged", step, {"reason": reason})
         kept = self.processes.on_main(lambda: checkpoint.checkpoints(self.out))
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         where = f" with out=FOLDER (or after removing {self.out})" if kept else ""

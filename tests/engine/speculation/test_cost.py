@@ -63,7 +63,7 @@ def test_drafts_are_switched_off_where_they_lose() -> None:
     assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {"a": 2}
     times.add(3, 3.0)
     assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {}
-    times.clear()
+    times = StepTimes(StepGrowth())
     times.add(1, 1.0)
     assert choose_lengths(right, tokens=1, most=8, seconds=times.seconds) == {"a": 2}
 

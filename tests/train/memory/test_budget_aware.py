@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_models import OLMOE
 
 from moefit.errors import ConfigError
 from moefit.moe.residents import eviction_loss
@@ -9,15 +10,6 @@ from moefit.train.loop import train
 from moefit.train.memory.budget_aware import BudgetAware
 from moefit.train.model import build_model
 from moefit.train.run_folder import read_log
-
-OLMOE = {
-    "architecture": "olmoe",
-    "hidden_size": 32,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts": 4,
-}
 
 
 @pytest.fixture

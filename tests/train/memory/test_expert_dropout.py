@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from tiny_models import OLMOE
 
 from moefit.dsmoe.export import export_olmoe
 from moefit.dsmoe.losses import RouterLossWeights
@@ -23,14 +24,6 @@ from moefit.train.model import build_model
 from moefit.train.run_folder import read_log
 from moefit.train.step import make_losses
 
-OLMOE = {
-    "architecture": "olmoe",
-    "hidden_size": 32,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_experts": 4,
-}
 SPARSE = {"training_rule": "top_k:2:renormalize", "inference_rule": "top_k:2:renormalize"}
 
 

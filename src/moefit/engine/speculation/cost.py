@@ -161,10 +161,6 @@ class StepTimes:
         seconds = min(seconds, _SLOW * mean)
         self._known[size] = (mean + weight * (seconds - mean), number + 1)
 
-    def measured(self, tokens: int) -> bool:
-        """Return whether a step of this size was measured."""
-        return _size(tokens) in self._known
-
     def seconds(self, tokens: int) -> float | None:
         """Return the expected seconds of a step; None before the first measurement.
 
@@ -192,10 +188,6 @@ class StepTimes:
     def _most(self, size: int) -> float:
         """Return the seconds of a measured size, at most those of any larger one."""
         return min(mean for one, (mean, _) in self._known.items() if one >= size)
-
-    def clear(self) -> None:
-        """Forget all measurements, such as after a change of the budget."""
-        self._known.clear()
 
 
 def _size(tokens: int) -> int:

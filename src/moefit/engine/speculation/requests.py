@@ -27,6 +27,7 @@ from moefit.engine.speculation.drafts import (
     SpeculateSetting,
     SpeculationStats,
 )
+from moefit.serve.config import Policy
 from moefit.serve.memory.activations import experts_per_token
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.model import ServedModel
@@ -86,7 +87,7 @@ class Speculation:
         self._served, self._drafter, self._packed = served, drafter, packed
         self.choose: Callable[..., dict[str, int]] = choose_lengths
         self._acceptance, self._times = Acceptance(), StepTimes(StepGrowth())
-        self._budget: MemoryBudget | None = None
+        self._seen: tuple[MemoryBudget, Policy] | None = None  # in force when times were measured
         self._drafts: dict[str, Draft] = {}  # of this step, also those that are not verified
         self._totals, self._without = _Totals(), 0
         self._failed = ""
@@ -225,9 +226,10 @@ class Speculation:
         )
 
     def _forget_if_changed(self) -> None:
-        """Measure again after a change of the budget or of formats."""
-        if (now := self._served.budget) is not self._budget:
-            self._budget = now
+        """Measure again after a change of the budget, of formats or of the mode."""
+        now = self._served.budget, self._served.policy
+        if self._seen is None or now[0] is not self._seen[0] or now[1] != self._seen[1]:
+            self._seen = now
             self._times = StepTimes(growth_of(self._served))
 
 

@@ -38,7 +38,7 @@ def tried(
     """Return what is wrong with each grammar; empty if nothing is.
 
     The list is shorter if the process reached a limit. Only a grammar that did so as the first is
-    known to take too much by itself, and is told so; the others may be tried again.
+    known to take too much by itself, and has an error; the others may be tried again.
 
     Args:
         grammars: Their texts, as `sources.whole` returns them.

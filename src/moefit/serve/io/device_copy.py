@@ -168,9 +168,14 @@ class CudaCopies:
 
 @contextmanager
 def _device_errors(device: torch.device) -> Iterator[None]:
-    """Raise errors of the device, such as one that has disappeared, as DeviceError."""
+    """Raise errors of the device, such as one that has disappeared, as DeviceError.
+
+    Too little memory is no such error: the device is still there.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise DeviceError(
             f"{device} failed while experts or activations were copied ({in_brief(error)}); start "

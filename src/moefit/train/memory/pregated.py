@@ -83,8 +83,8 @@ class GateTeacher:
         return self.weight * total
 
     def _hook(self, number: int):
-        def keep(_block: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled() or number not in self._inputs:
+        def keep(block: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if block.training:  # not those of held-out text
                 self._inputs[number] = given[0].detach().flatten(0, 1)
 
         return keep
