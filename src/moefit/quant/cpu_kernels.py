@@ -28,7 +28,7 @@ from moefit.quant.scaled.matrix import ScaledMatrix
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
-VERSION = 16  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 17  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -147,8 +147,11 @@ class Kernels:
         library.moefit_use_mkl(_mkl_threads())
         library.moefit_layers.restype = c_int64
         library.moefit_layers.argtypes = [
-            c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64,
-            *[c_void_p] * 3,
+            c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64,
+            *[c_void_p] * 4,
+        ]  # fmt: skip
+        library.moefit_resident_rows.argtypes = [
+            c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_router.argtypes = [
             c_int64, c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3,
@@ -410,6 +413,10 @@ class Kernels:
     def layers(self, *arguments: Any) -> int:
         """Compute several decoder layers; called by `quant.layers.decoder_layers`."""
         return int(self._library.moefit_layers(self._level, *arguments))
+
+    def resident_rows(self, *arguments: Any) -> None:
+        """Compute a layer's resident experts; called by `quant.layers.decoder_layers`."""
+        self._library.moefit_resident_rows(self._level, *arguments)
 
     def weighted_sum(
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -18,6 +18,7 @@ from tiny_served import tokens
 from torch import Tensor, nn
 
 from moefit.cache_argument import forward_with_cache
+from moefit.errors import CheckpointError
 from moefit.serve.layer import layer_chain
 from moefit.serve.model import ServedModel
 
@@ -92,7 +93,9 @@ def test_one_call_a_token(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
         assert not calls[1:]  # with gradients the family's own modules compute
 
 
-def test_missing_experts_end_a_call(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+def test_missing_experts_are_loaded_within_a_call(
+    tmp_path: Path, calls: list[tuple[int, int]]
+) -> None:
     """Counters, scores and residents are as without: the same experts are fetched."""
     results = []
     for alone in (False, True):
@@ -104,7 +107,70 @@ def test_missing_experts_end_a_call(tmp_path: Path, calls: list[tuple[int, int]]
             results.append((torch.cat(logits), counts(loaded), observed(loaded), residents))
     (mine, *others), (wanted, *own) = results
     assert torch.equal(mine, wanted) and others == own
-    assert any(complete < number for number, complete in calls)
+    fetches = others[0][1]
+    assert fetches > 50 and all(complete == number == 4 for number, complete in calls)
+
+
+def test_more_experts_than_slots_end_a_call(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """The layer is computed by itself, in parts, and the next one begins another call."""
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        loaded.set_memory(loaded.budget.total_for_slots([3] * 4))
+        together = in_a_crowd(loaded)
+        assert any(complete < number for number, complete in calls)
+        with one_by_one(loaded.model):
+            assert torch.equal(together, in_a_crowd(loaded))
+
+
+def test_fixed_residents_stay(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        loaded.set_memory(loaded.budget.total_for_slots([5] * 4))
+        loaded.set_residents({name: range(5) for name in loaded.blocks})
+        loaded.set_mode("exact", residency="fixed")
+        calls.clear()
+        decoded(loaded.model)
+        assert any(complete < number for number, complete in calls)
+        assert all(set(one.slot_table.residents) == set(range(5)) for one in loaded.blocks.values())
+
+
+class FailsAt:
+    """A reader of experts, one of whose reads fails."""
+
+    def __init__(self, read: Any, at: int, error: BaseException):
+        self._read, self._at, self._error = read, at, error
+        self.reads = 0
+
+    def __call__(self, *given: Any) -> None:
+        self.reads += 1
+        if self.reads == self._at + 1:
+            raise self._error
+        self._read(*given)
+
+
+@pytest.mark.parametrize("error", [CheckpointError("the disk is gone"), KeyboardInterrupt()])
+@torch.inference_mode()
+def test_a_read_that_fails_leaves_caches_and_slots_usable(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of a token's reads in turn."""
+    with served("olmoe", tmp_path, memory=None) as loaded:
+        loaded.set_memory(loaded.budget.total_for_slots([3] * 4))
+        model, next_11 = loaded.model, tokens(1, 1, seed=2)
+        wanted, _ = forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+        source, failed = loaded._shared.transfer._source, 0
+        for place in range(8):
+            cache, fails = begun(model, tokens(1, 5)), FailsAt(source.read, place, error)
+            with monkeypatch.context() as patched, suppress(type(error)):
+                patched.setattr(source, "read", fails)
+                forward_with_cache(model, cache, input_ids=next_11)
+            for one in loaded.blocks.values():
+                one.slot_table.check()
+                assert one.slot_table.num_slots == 3 and not one.slot_table.filling
+            if fails.reads > place:
+                failed += 1
+                assert {layer.keys.shape[2] for layer in cache.layers} == {5}
+            output, _ = forward_with_cache(model, begun(model, tokens(1, 5)), input_ids=next_11)
+            assert torch.equal(output.logits, wanted.logits)
+        assert failed > 3
 
 
 def shift(_module: nn.Module, _given: Any, output: Any) -> Any:

@@ -1,15 +1,18 @@
 """Consecutive decoder layers of a step as one call of the kernels.
 
 Each layer is an attention block, a router and its experts (`attention_block.py`), with two sums.
-The call ends before the first layer whose router chooses an expert that is not resident, so that
-the caller can fetch it. Results are those of the calls by themselves, bit by bit.
+The call ends before the experts of the first layer whose router chooses one that is not resident.
+`LoadsExperts` may then load what is absent, while the resident ones are computed, and the layers go
+on; otherwise that layer is left to the caller. Results are those of the calls by themselves, bit by
+bit.
 
 Shapes: L layers, T tokens, D model width, E experts, K chosen per token.
 """
 
 from collections.abc import Sequence
-from ctypes import Array, Structure, addressof, byref, c_int64, c_void_p
+from ctypes import Array, Structure, addressof, byref, c_int8, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +36,14 @@ class ExpertAddresses:
     def __init__(self, mlps: dict[int, KernelMlp], number: int):
         self._array: Array[c_void_p] = (c_void_p * number)()
         for expert, mlp in mlps.items():
-            self._array[expert] = mlp.address
+            self.set(expert, mlp)
         self.address = addressof(self._array)
         one = next(iter(mlps.values()))
         self.gated, self.activation = int(one.gated), ACTIVATIONS.index(one.activation)
+
+    def set(self, expert: int, mlp: KernelMlp | None) -> None:
+        """Change one expert, also for a call in progress; None: it is not resident any more."""
+        self._array[expert] = None if mlp is None else mlp.address
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +86,26 @@ class LayersOutput:
     pending: BlockOutput | None
 
 
+class LoadsExperts(Protocol):
+    """Loads the absent experts of one layer after the other, between calls of the kernels."""
+
+    def begin(self, layer: int, ids: Sequence[int]) -> bool:
+        """Begin to load the absent experts of a choice, without evicting any of it.
+
+        Args:
+            layer: Number of the layer in the call.
+            ids: Chosen expert of each row.
+
+        Returns:
+            Whether `wait` makes all of them resident; if not, the layers end here.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Wait until they are resident, and write them to the layer's `ExpertAddresses`."""
+        ...
+
+
 class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("block", "router", "experts")),
@@ -99,11 +126,20 @@ class _Results(Structure):
     )
 
 
+class _Rows(Structure):
+    _fields_ = (("done", c_void_p), ("outputs", c_void_p))
+
+
 @outside_of_graphs
 def compute_layers(
-    kernels: Kernels, layers: Sequence[LayerCall], x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor
+    kernels: Kernels,
+    layers: Sequence[LayerCall],
+    x_TD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    loads: LoadsExperts | None = None,
 ) -> LayersOutput:
-    """Compute layers one after the other, until experts are missing.
+    """Compute layers one after the other, until experts are missing that are not loaded.
 
     Args:
         kernels: The compiled library.
@@ -111,6 +147,10 @@ def compute_layers(
         x_TD: Hidden states, consecutive, in one of `ACTIVATION_DTYPES`.
         cos_TR: Cosines of each token.
         sin_TR: Sines.
+        loads: Loads experts that are missing.
+
+    Raises:
+        Exception: Whatever `loads` raises.
     """
     sizes: RouterSizes = layers[0].router.sizes
     number, (tokens, width) = len(layers), x_TD.shape
@@ -133,12 +173,26 @@ def compute_layers(
     sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     made = x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, sum_TD, normed_TD
     kinds = (NATIVE_DTYPES[dtype] for dtype in (x_TD.dtype, sizes.logits, sizes.weights))
-    complete = kernels.layers(
-        structs, number, byref(_Sizes(width, sizes.experts, sizes.chosen, *kinds)),
-        (SegmentStruct * len(segments))(*segments), len(segments) // number, x_TD.data_ptr(),
-        tokens, cos_TR.data_ptr(), sin_TR.data_ptr(),
-        byref(_Results(*(one.data_ptr() for one in made))),
-    )  # fmt: skip
+    shared_sizes = byref(_Sizes(width, sizes.experts, sizes.chosen, *kinds))
+    results = byref(_Results(*(one.data_ptr() for one in made)))
+    segment_structs = (SegmentStruct * len(segments))(*segments)
+
+    def compute(first: int, rows: Any) -> int:
+        return kernels.layers(
+            structs, first, number, shared_sizes, segment_structs, len(segments) // number,
+            x_TD.data_ptr(), tokens, cos_TR.data_ptr(), sin_TR.data_ptr(), results, rows,
+        )  # fmt: skip
+
+    complete = compute(0, None)
+    while complete < number and loads is not None:
+        if not loads.begin(complete, ids_LTK[complete].flatten().tolist()):
+            break
+        y_RD = torch.empty(tokens * sizes.chosen, width)
+        done = (c_int8 * sizes.experts)()
+        rows = byref(_Rows(addressof(done), y_RD.data_ptr()))
+        kernels.resident_rows(structs, complete, shared_sizes, tokens, results, rows)
+        loads.wait()
+        complete = compute(complete, rows)
     pending = None
     if complete < number:
         choice = Routing(ids_LTK[complete], weights_LTK[complete])

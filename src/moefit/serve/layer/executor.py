@@ -9,7 +9,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -79,6 +79,70 @@ class ExpertInvoker:
             self._addresses = fused.addresses(residents, self._block.num_experts) if fused else None
             self._addresses_of = made_of
         return self._addresses
+
+    def begin_loads(self, ids: Sequence[int]) -> "StepLoads | None":
+        """Begin to load the absent experts of a step for a call that reads `addresses`.
+
+        Args:
+            ids: The chosen expert of each row.
+
+        Returns:
+            None where they cannot all be resident at once, or part of them is computed elsewhere.
+        """
+        chosen, table = set(ids), self._slot_table
+        if (
+            self.host is not None
+            or len(chosen) > table.num_slots - len(table.filling)
+            or max(chosen) >= self._block.num_experts
+        ):
+            return None
+        return StepLoads(self, chosen)
+
+    def start_loads(
+        self, to_load: deque[int], loads: dict[int, PendingLoad], protected: set[int]
+    ) -> None:
+        """Start as many loads as slots and readers allow.
+
+        Args:
+            to_load: Absent experts; those whose loads start are removed.
+            loads: Loads in progress, which become more.
+            protected: Experts that must not be evicted.
+        """
+        while to_load and len(loads) < 2 * self._transfer.readers:
+            slot = self._slot_table.reserve(to_load[0], protected)
+            if slot is None:
+                return
+            expert = to_load.popleft()
+            try:
+                done = self._transfer.load(self._block.name, expert, self._slots[slot])
+            except BaseException:  # such as a device that has disappeared
+                self._slot_table.abandon(slot)
+                raise
+            loads[expert] = PendingLoad(slot, done)
+
+    def commit(self, load: PendingLoad) -> None:
+        """Wait for a load and make its expert resident."""
+        load.commit(self._slot_table, self._counters)
+
+    def absent(self, experts: Iterable[int]) -> list[int]:
+        """Return those that are not resident, and count them as fetched."""
+        residents = self._slot_table.residents
+        found = [expert for expert in experts if expert not in residents]
+        self._counters.fetches += len(found)
+        return found
+
+    def update_addresses(self) -> None:
+        """Write changes of the residents into the addresses that a call in progress reads."""
+        addresses = self._addresses
+        fused = self._executor_on(torch.device("cpu")).fused(self._slots.values())
+        assert addresses is not None and fused is not None, "no call reads addresses"
+        slots, made_of, experts, places = self._addresses_of
+        slot_of = self._slot_table.slot_of
+        changed = dict(zip(experts, places, strict=True)).items() ^ slot_of.items()
+        for expert in {one for one, _ in changed}:
+            slot = slot_of.get(expert)
+            addresses.set(expert, None if slot is None else fused.mlp(self._slots[slot]))
+        self._addresses_of = slots, made_of, [*slot_of], [*slot_of.values()]
 
     def __call__(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Compute the block's output.
@@ -197,7 +261,7 @@ class ExpertInvoker:
             self._counters.hits += num_resident
             when_read = self.when_read
             while remaining:
-                self._start_loads(to_load, loads, protected=set(remaining))
+                self.start_loads(to_load, loads, protected=set(remaining))
                 size = max(1, num_resident) if together else 1
                 if to_load and not loads:  # every slot holds an expert of this step: free some
                     size = min(size, self._transfer.readers)
@@ -221,20 +285,54 @@ class ExpertInvoker:
             ends = [partial(one.commit, self._slot_table, self._counters) for one in loads.values()]
             end_all(ends if work is None else [*ends, work.end])
 
-    def _start_loads(
-        self, to_load: deque[int], loads: dict[int, PendingLoad], protected: set[int]
-    ) -> None:
-        while to_load and len(loads) < 2 * self._transfer.readers:
-            slot = self._slot_table.reserve(to_load[0], protected)
-            if slot is None:
-                return
-            expert = to_load.popleft()
-            try:
-                done = self._transfer.load(self._block.name, expert, self._slots[slot])
-            except BaseException:  # such as a device that has disappeared
-                self._slot_table.abandon(slot)
-                raise
-            loads[expert] = PendingLoad(slot, done)
+
+class StepLoads:
+    """The absent experts of one step, loaded while resident ones are computed.
+
+    Args:
+        invoker: Of the block; its addresses are updated.
+        chosen: All experts of the step; there are slots for all.
+
+    Attributes:
+        number: How many were absent.
+    """
+
+    def __init__(self, invoker: ExpertInvoker, chosen: set[int]):
+        self._invoker, self._chosen = invoker, chosen
+        self._loads: dict[int, PendingLoad] = {}
+        self._to_load = deque(invoker.absent(chosen))
+        self.number = len(self._to_load)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self) -> None:
+        """Wait until all are resident.
+
+        Raises:
+            CheckpointError: An expert cannot be read.
+        """
+        try:
+            while self._loads:
+                expert = next(iter(self._loads))
+                self._invoker.commit(self._loads.pop(expert))
+                self._start()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End what is being loaded still, and tell the kernels which experts are resident."""
+        self._to_load.clear()
+        ends = [partial(self._invoker.commit, one) for one in self._loads.values()]
+        self._loads.clear()
+        end_all(ends)
+        self._invoker.update_addresses()
+
+    def _start(self) -> None:
+        self._invoker.start_loads(self._to_load, self._loads, self._chosen)
+        self._invoker.update_addresses()  # experts were evicted
 
 
 def _rows_by_expert(routing: Routing, num_experts: int) -> dict[int, Tensor]:

@@ -38,14 +38,14 @@ class FusedExperts:
 
     def one_token(self, x_1D: Tensor, slot_of_row: Mapping[int, Slot], y_KD: Tensor) -> None:
         """Write each expert's output for one token into its row of y_KD (float32)."""
-        mlps = [self._mlp(slot) for slot in slot_of_row.values()]
+        mlps = [self.mlp(slot) for slot in slot_of_row.values()]
         self.kernels.one_token(x_1D, mlps, [*slot_of_row], y_KD)
 
     def token(
         self, x_1D: Tensor, slots: Sequence[Slot], weights_1K: Tensor, *, energy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the weighted sum of the outputs of one token's experts, and their energies."""
-        mlps = [self._mlp(slot) for slot in slots]
+        mlps = [self.mlp(slot) for slot in slots]
         return self.kernels.token(x_1D, mlps, weights_1K, energy=energy)
 
     def addresses(self, slots: Mapping[int, Slot], number: int) -> ExpertAddresses | None:
@@ -57,7 +57,7 @@ class FusedExperts:
         """
         if not isinstance(self.kernels, Kernels):
             return None
-        mlps = {expert: self._mlp(slot) for expert, slot in slots.items()}
+        mlps = {expert: self.mlp(slot) for expert, slot in slots.items()}
         return ExpertAddresses(mlps, number)
 
     def outputs(
@@ -73,11 +73,12 @@ class FusedExperts:
         """
         for part in _limit_rows(batch):
             tokens = [rows_R // num_choices for _, rows_R in part]
-            mlps = [self._mlp(slot) for slot, _ in part]
+            mlps = [self.mlp(slot) for slot, _ in part]
             output_RD = self.kernels.experts(x_TD, mlps, tokens)
             y_RD[torch.cat([rows_R for _, rows_R in part])] = output_RD.to(y_RD.dtype)
 
-    def _mlp(self, slot: Slot) -> KernelMlp:
+    def mlp(self, slot: Slot) -> KernelMlp:
+        """Return a slot's expert as kernels take it."""
         if (cached := self._mlps.get(slot)) is not None:
             return cached
         shape = self._shape

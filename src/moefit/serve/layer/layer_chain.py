@@ -1,8 +1,9 @@
 """Compute consecutive decoder layers of a step at once, as far as their experts are resident.
 
-When the first of the layers is called, one call of the kernels computes it and those after it;
-they then return what is there already. Where an expert is missing, the call ends, the layer
-fetches it, and the next layer begins another call.
+When the first of the layers is called, it and those after it are computed; they then return what is
+there already. Absent experts are loaded between calls of the kernels, while those that are resident
+are computed. A layer whose choice cannot be resident at once is computed by itself, and the next
+one begins again.
 
 Shapes: B sequences, T tokens, D model width.
 """
@@ -21,6 +22,7 @@ from moefit.quant.layers.attention_block import BlockOutput
 from moefit.quant.layers.decoder_layers import LayerCall, LayersOutput, compute_layers
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
 from moefit.serve.layer.decoder_layer import LayerForward, RoutedExperts, StepArguments
+from moefit.serve.layer.executor import StepLoads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +66,40 @@ class _Computed:
         for place, one in self.longer.items():
             if place >= self.next:
                 one.undo()
+
+
+class _Loads:
+    """Loads the absent experts of a call's layers; see `LoadsExperts`.
+
+    Args:
+        routed: The layers' experts.
+
+    Attributes:
+        fetched: By layer, how many experts were absent.
+    """
+
+    def __init__(self, routed: Sequence[RoutedExperts]):
+        self._routed = routed
+        self._present: StepLoads | None = None
+        self.fetched: dict[int, int] = {}
+
+    def begin(self, layer: int, ids: Sequence[int]) -> bool:
+        """Begin to load what a layer's choice lacks."""
+        self._present = loads = self._routed[layer].experts.begin_loads(ids)
+        if loads is not None:
+            self.fetched[layer] = loads.number
+        return loads is not None
+
+    def wait(self) -> None:
+        """Wait until it is resident."""
+        assert self._present is not None
+        self._present.wait()
+        self._present = None
+
+    def close(self) -> None:
+        """End loads that nobody waits for, after an error."""
+        if self._present is not None:
+            self._present.close()
 
 
 class LayerChain:
@@ -139,8 +175,15 @@ class LayerChain:
             if not calls:
                 return None
             x_TD = x.reshape(tokens, -1).contiguous()
-            made = compute_layers(compiled, calls, x_TD, arguments.cos, arguments.sin)
-            _observe(routed, made, tokens)
+            loads = _Loads(routed)
+            try:
+                made = compute_layers(compiled, calls, x_TD, arguments.cos, arguments.sin, loads)
+            except BaseException:
+                loads.close()
+                for one in longer.values():
+                    one.undo()
+                raise
+            _observe(routed, made, tokens, loads.fetched)
         for absent in range(place + made.complete + 1, place + len(calls)):
             if (one := longer.pop(absent, None)) is not None:
                 one.undo()
@@ -184,14 +227,17 @@ class LayerChain:
             self._reach = max(1, 2 * complete)
 
 
-def _observe(routed: Sequence[RoutedExperts], made: LayersOutput, tokens: int) -> None:
+def _observe(
+    routed: Sequence[RoutedExperts], made: LayersOutput, tokens: int, fetched: Mapping[int, int]
+) -> None:
     """Let the experts of complete layers observe the step."""
     done = slice(made.complete)
     ids, shares = made.ids_LTK[done].flatten(1).tolist(), made.shares_LE[done].tolist()
     for number, (one, of_rows, of_experts) in enumerate(
         zip(routed[done], ids, shares, strict=True)
     ):
-        one.experts.computed(of_rows, of_experts, tokens, made.logits_LTE[number])
+        absent = fetched.get(number, 0)
+        one.experts.computed(of_rows, of_experts, tokens, made.logits_LTE[number], absent)
 
 
 def _own_cache(cache: Any, index: int) -> Any:

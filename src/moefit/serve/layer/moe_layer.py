@@ -30,7 +30,7 @@ from moefit.serve.cache.swaps import SharedState, StepWatcher, Swaps
 from moefit.serve.config import Mode, Policy
 from moefit.serve.hybrid.host_experts import HostExperts
 from moefit.serve.io.loads import wait_for_load
-from moefit.serve.layer.executor import ExpertInvoker
+from moefit.serve.layer.executor import ExpertInvoker, StepLoads
 from moefit.serve.layer.rerouting import (
     ScoredRouting,
     mask_absent,
@@ -146,6 +146,18 @@ class VirtualExperts(nn.Module):
             return None
         return self._invoke.addresses()
 
+    def begin_loads(self, ids: Sequence[int]) -> StepLoads | None:
+        """Begin to load absent experts for a call that computes whole layers; see `addresses`.
+
+        Args:
+            ids: The chosen expert of each row.
+
+        Returns:
+            None where the block must be computed by itself.
+        """
+        fixed = self.shared.policy.residency == "fixed"
+        return None if fixed else self._invoke.begin_loads(ids)
+
     def compute_in_host(self, host: HostExperts | None) -> None:
         """Compute part of the misses in host memory from now on, or none; hold the lock."""
         self._invoke.host = host
@@ -165,19 +177,25 @@ class VirtualExperts(nn.Module):
             self.shared.on_step()
 
     def computed(
-        self, ids: Sequence[int], shares: Sequence[float], tokens: int, logits_TE: Tensor
+        self,
+        ids: Sequence[int],
+        shares: Sequence[float],
+        tokens: int,
+        logits_TE: Tensor,
+        fetched: int = 0,
     ) -> None:
-        """Observe a step whose experts were all resident and have been computed.
+        """Observe a step whose experts have been computed by a call for whole layers.
 
         Args:
             ids: The chosen expert of each row.
             shares: Sum over tokens of |x| * |weight| for each expert.
             tokens: T.
             logits_TE: The router's logits.
+            fetched: How many of the experts were absent at first.
         """
         chosen = set(ids)
         self.state.logits_TE = logits_TE
-        self.shared.counters.hits += len(chosen)
+        self.shared.counters.hits += len(chosen) - fetched
         if self.shared.policy.residency == "manager":
             for expert in ids:
                 self.use_counts[expert] += 1

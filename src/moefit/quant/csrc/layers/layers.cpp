@@ -1,4 +1,5 @@
-// C interface: consecutive decoder layers of a step in one call, as far as the experts that they choose are resident.
+// C interface: consecutive decoder layers of a step in one call. Where a router chooses experts that are not resident,
+// the call ends; the caller loads them while another call computes the others, and continues with a third one.
 // Between two calls of a layer pass 100 microseconds and more in Python, whose memory the weights have evicted from the
 // caches. Every operation is that of its own call, so results are the same.
 #include <algorithm>
@@ -43,6 +44,12 @@ struct LayerResults {
     float *shares_LE;
     void *sum_TD, *normed_TD;
 };
+
+// Part of the experts' outputs of one layer, unweighted: those of the experts that are marked in done_E.
+struct SomeRows {
+    char *done_E;
+    float *y_RD;
+};
 }
 
 namespace {
@@ -53,39 +60,56 @@ bool all_resident(const DecoderLayer &layer, const int64_t *ids, int64_t number,
     return std::all_of(ids, ids + number, [&](int64_t id) { return id >= 0 && id < E && layer.experts[id]; });
 }
 
-// The outputs of several tokens' experts, weighted and summed. Rows are grouped by expert, in ascending order.
-void several_tokens(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
-                    const int64_t *ids, const void *weights, void *y) {
-    int64_t rows = tokens * s.K;
-    std::vector<int64_t> first(s.E + 1), row_of(rows), token_of(rows);
-    for (int64_t r = 0; r < rows; r++) first[ids[r] + 1]++;
+// Write the outputs of the chosen experts that are in `of`, unweighted, into their rows of y_RD.
+void write_rows(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
+                const int64_t *ids, const std::vector<char> &of, float *y_RD) {
+    int64_t rows = 0;
+    std::vector<int64_t> first(s.E + 1), row_at(tokens * s.K), token_at(tokens * s.K);
+    for (int64_t r = 0; r < tokens * s.K; r++)
+        if (of[ids[r]]) first[ids[r] + 1]++, rows++;
     std::vector<Expert> chosen;
-    for (int64_t e = 0; e < s.E; e++) {
+    for (int64_t e = 0; e < s.E; e++) {  // rows are grouped by expert, in ascending order
         int64_t number = first[e + 1];
         first[e + 1] += first[e];
         if (!number) continue;
         chosen.push_back(*layer.experts[e]);
         chosen.back().first = first[e], chosen.back().rows = number;
     }
-    for (int64_t r = 0; r < rows; r++) {
+    if (!rows) return;
+    for (int64_t r = 0; r < tokens * s.K; r++) {
+        if (!of[ids[r]]) continue;
         int64_t at = first[ids[r]]++;
-        row_of[r] = at, token_of[at] = r / s.K;
+        row_at[at] = r, token_at[at] = r / s.K;
     }
     int64_t Q = groups_of(std::max(chosen[0].in.rows, chosen[0].down.cols)) * GROUP;
-    std::unique_ptr<float[]> h_RQ(new float[rows * Q]), grouped_RD(new float[rows * s.D]), y_RD(new float[rows * s.D]);
-    moefit_experts(level, chosen.data(), chosen.size(), token_of.data(), rows, x, tokens, s.kind, h_RQ.get(), Q,
+    std::unique_ptr<float[]> h_RQ(new float[rows * Q]), grouped_RD(new float[rows * s.D]);
+    moefit_experts(level, chosen.data(), chosen.size(), token_at.data(), rows, x, tokens, s.kind, h_RQ.get(), Q,
                    layer.gated, layer.activation, grouped_RD.get());
-    for (int64_t r = 0; r < rows; r++)
-        std::memcpy(y_RD.get() + r * s.D, grouped_RD.get() + row_of[r] * s.D, 4 * s.D);
-    moefit_weighted_sum(y_RD.get(), F32, tokens, s.K, s.D, weights, s.weights_kind, s.kind, y, nullptr);
+    for (int64_t r = 0; r < rows; r++) std::memcpy(y_RD + row_at[r] * s.D, grouped_RD.get() + r * s.D, 4 * s.D);
+}
+
+void sum_rows(const LayerSizes &s, const float *y_RD, int64_t tokens, const void *weights, void *y) {
+    moefit_weighted_sum(y_RD, F32, tokens, s.K, s.D, weights, s.weights_kind, s.kind, y, nullptr);
 }
 
 void experts_of(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
                 const int64_t *ids, const void *weights, void *y) {
-    if (tokens > 1) return several_tokens(level, layer, s, x, tokens, ids, weights, y);
+    if (tokens > 1) {
+        std::unique_ptr<float[]> y_RD(new float[tokens * s.K * s.D]);
+        write_rows(level, layer, s, x, tokens, ids, std::vector<char>(s.E, 1), y_RD.get());
+        return sum_rows(s, y_RD.get(), tokens, weights, y);
+    }
     std::vector<const Expert *> chosen(s.K);
     for (int64_t k = 0; k < s.K; k++) chosen[k] = layer.experts[ids[k]];
     moefit_token(level, chosen.data(), s.K, x, s.kind, weights, s.weights_kind, layer.gated, layer.activation, y, nullptr);
+}
+
+// Compute the resident experts whose rows are not there yet.
+void add_rows(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
+              const int64_t *ids, const SomeRows &rows) {
+    std::vector<char> of(s.E);
+    for (int64_t e = 0; e < s.E; e++) of[e] = layer.experts[e] && !rows.done_E[e], rows.done_E[e] |= of[e];
+    write_rows(level, layer, s, x, tokens, ids, of, rows.y_RD);
 }
 
 void add_shares(const Level &use, const LayerSizes &s, const char *x, int64_t tokens, const int64_t *ids,
@@ -108,29 +132,40 @@ void add_shares(const Level &use, const LayerSizes &s, const char *x, int64_t to
 
 extern "C" {
 
-// Compute layers one after the other; return how many are complete. The next one, if any, has chosen an expert that
-// is not resident: its `sum`, `normed`, logits and choice are made, and its keys and values are written. segments: those
-// of the first layer, then of the next.
-int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t number, const LayerSizes *sizes,
+// Compute layers `first` to `number` - 1; return the number of complete ones among all. The next one, if any, has chosen
+// an expert that is not resident: its `sum`, `normed`, logits and choice are made, and its keys and values are written.
+// It is `first` of a later call, then with `rows`, which may have outputs of its experts, or none; all of its choice is
+// resident by then. segments: those of layer 0, then of the next. x: the input of layer 0.
+int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t first, int64_t number, const LayerSizes *sizes,
                       const Segment *segments, int64_t requests, const void *x, int64_t tokens, const void *cos,
-                      const void *sin, const LayerResults *results) {
+                      const void *sin, const LayerResults *results, const SomeRows *rows) {
     const LayerSizes &s = *sizes;
     const LayerResults &made = *results;
     int64_t size = tokens * s.D * bytes_of(s.kind);
     std::unique_ptr<char[]> y(new char[size]);
-    for (int64_t l = 0; l < number; l++) {
+    for (int64_t l = first; l < number; l++, rows = nullptr) {
         int64_t *ids = made.ids_LTK + l * tokens * s.K;
         char *logits = made.logits_LTE + l * tokens * s.E * bytes_of(s.logits_kind);
         char *weights = made.weights_LTK + l * tokens * s.K * bytes_of(s.weights_kind);
         Choice choice = {layers[l].router, logits, weights, ids};
-        moefit_block(level, layers[l].block, segments + l * requests, requests, x, tokens, cos, sin, made.sum_TD,
-                     made.normed_TD, &choice);
+        if (!rows)
+            moefit_block(level, layers[l].block, segments + l * requests, requests, l ? made.x_LTD + (l - 1) * size : x,
+                         tokens, cos, sin, made.sum_TD, made.normed_TD, &choice);
         if (!all_resident(layers[l], ids, tokens * s.K, s.E)) return l;
-        experts_of(level, layers[l], s, made.normed_TD, tokens, ids, weights, y.get());
+        if (rows) {
+            add_rows(level, layers[l], s, made.normed_TD, tokens, ids, *rows);
+            sum_rows(s, rows->y_RD, tokens, weights, y.get());
+        } else
+            experts_of(level, layers[l], s, made.normed_TD, tokens, ids, weights, y.get());
         add_shares(level_of(level), s, (const char *)made.normed_TD, tokens, ids, weights, made.shares_LE + l * s.E);
-        x = made.x_LTD + l * size;
         add_values(made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
     }
     return number;
+}
+
+// Compute the resident experts that layer l has chosen, after a call that ended there.
+void moefit_resident_rows(int64_t level, const DecoderLayer *layers, int64_t l, const LayerSizes *sizes, int64_t tokens,
+                          const LayerResults *results, const SomeRows *rows) {
+    add_rows(level, layers[l], *sizes, results->normed_TD, tokens, results->ids_LTK + l * tokens * sizes->K, *rows);
 }
 }
