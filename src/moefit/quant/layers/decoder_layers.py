@@ -184,10 +184,11 @@ def compute_layers(
         )  # fmt: skip
 
     complete = compute(0, None)
+    y_RD: Tensor | None = None
     while complete < number and loads is not None:
         if not loads.begin(complete, ids_LTK[complete].flatten().tolist()):
             break
-        y_RD = torch.empty(tokens * sizes.chosen, width)
+        y_RD = torch.empty(tokens * sizes.chosen, width) if y_RD is None else y_RD
         done = (c_int8 * sizes.experts)()
         rows = byref(_Rows(addressof(done), y_RD.data_ptr()))
         kernels.resident_rows(structs, complete, shared_sizes, tokens, results, rows)

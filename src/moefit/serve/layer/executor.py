@@ -318,7 +318,8 @@ class StepLoads:
             while self._loads:
                 expert = next(iter(self._loads))
                 self._invoker.commit(self._loads.pop(expert))
-                self._start()
+                if self._to_load:
+                    self._start()
         finally:
             self.close()
 
