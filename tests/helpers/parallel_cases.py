@@ -62,7 +62,10 @@ TENSOR = {"expert_tensor": 2}
 
 
 def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings: dict):
-    """Return losses and gradient norms of steps of 2 micro-batches each, and the weights."""
+    """Return losses and gradient norms of steps of 2 micro-batches each, the weights, and dtypes.
+
+    Dtypes are those of routers' logits, and of the weights that this process updates.
+    """
     model, loss = MODELS[name]
     count = 5 if name == "dsmoe" else 3
     config = make_config(
@@ -93,7 +96,29 @@ def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings
         result = stepper.step(batches, 2)
         rows.append((result.lm_loss, result.router_loss, result.gradient_norm))
     whole = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in made.parameters()]
-    return rows, whole
+    logits = (*result.mlp_logits, *result.attention_logits)
+    dtypes = [sorted({str(one.dtype) for one in some}) for some in (logits, made.parameters())]
+    return rows, whole, dtypes
+
+
+MIXED = {"mixed_precision": "bf16"}
+
+
+def mixed(processes: Processes) -> dict[str, list]:
+    """Return, per case, numbers and dtypes of mixed precision, and those of one process.
+
+    Process 0 alone compares: also with float32, to which mixed precision must not be equal.
+    """
+    found = {}
+    cases = {"dsmoe": {}, "olmoe": {}, "dsmoe tensor": TENSOR, "sparse spread": SPREAD}
+    for case, settings in cases.items():
+        name = case.split()[0]
+        numbers, _, dtypes = steps(name, processes, torch.float32, {**settings, **MIXED})
+        if processes.is_main:
+            expected, _, dtypes_of_one = steps(name, OneProcess(), torch.float32, MIXED)
+            exact = steps(name, OneProcess(), torch.float32, {})[0]
+            found[case] = [numbers, expected, exact, dtypes, dtypes_of_one]
+    return found
 
 
 def equality(processes: Processes, names: list[str], settings: dict) -> dict[str, list[float]]:
@@ -104,13 +129,13 @@ def equality(processes: Processes, names: list[str], settings: dict) -> dict[str
     """
     found = {}
     for name in names:
-        numbers, weights = steps(name, processes, torch.float64, settings)
+        numbers, weights, _ = steps(name, processes, torch.float64, settings)
         both = name == "dsmoe" or processes.size > 2
         if both:
             numbers += steps(name, processes, torch.float32, settings)[0]
         if not processes.is_main:
             continue
-        expected, wanted = steps(name, OneProcess(), torch.float64, settings)
+        expected, wanted, _ = steps(name, OneProcess(), torch.float64, settings)
         if both:
             expected += steps(name, OneProcess(), torch.float32, settings)[0]
         found[name] = [
@@ -208,6 +233,12 @@ def muon(tree: dict) -> dict:
     return {**tree, "optimizer": {"name": "muon", "warmup_steps": 2}, "steps": 6}
 
 
+def mixed_run(tree: dict) -> dict:
+    """Return settings of a run in mixed precision."""
+    more = {"activation_checkpointing": True, "steps": 6}
+    return {**tree, "precision": "auto", "parallel": MIXED, **more}
+
+
 def six(tree: dict) -> dict:
     """Return settings of a run with Muon and 6 experts, which 4 processes divide unequally."""
     return {**muon(tree), "model": {**tree["model"], "num_experts": 6}}
@@ -296,6 +327,8 @@ def main() -> None:
             "bf16": lambda _: bf16_traffic(processes),
             "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),
             "run": lambda detail: run(tree, processes, detail),
+            "mixed": lambda _: mixed(processes),
+            "mixed_run": lambda detail: run(mixed_run(tree), processes, detail),
             "muon_run": lambda detail: run(muon(tree), processes, detail),
             "tensor_run": lambda detail: run({**tree, "parallel": TENSOR}, processes, detail),
             "locmoe": lambda name: run(locmoe(tree), processes, name),

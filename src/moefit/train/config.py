@@ -66,7 +66,8 @@ class TrainConfig(Strict):
     device: str = "auto"
     """`auto` is the first CUDA device, or the CPU if there is none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 autocast on CUDA and on CPUs with AMX, fp32 elsewhere."""
+    """`auto` is bf16 autocast on CUDA and on CPUs with AMX, fp32 elsewhere; with
+    `parallel.mixed_precision`, what that says."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
@@ -108,20 +109,6 @@ class TrainConfig(Strict):
         start, end = self.loss.mi_ramp
         if start > end:
             raise ValueError(f"loss.mi_ramp=[{start}, {end}] ends before it starts; swap them")
-        if self.loss.locality and self.parallel.experts != "all_to_all":
-            raise ValueError(
-                f"loss.locality={self.loss.locality:g} has no effect with parallel.experts=data; "
-                "leave it out, or give parallel.experts=all_to_all"
-            )
-        if self.compile and self.parallel.experts == "all_to_all":
-            raise ValueError(
-                "compile=true does not support parallel.experts=all_to_all; give compile=false"
-            )
-        start, end = self.loss.locality_ramp
-        if start > end:
-            raise ValueError(
-                f"loss.locality_ramp=[{start}, {end}] ends before it starts; swap them"
-            )
         if self.start_from is not None and self.continue_from is not None:
             raise ValueError(
                 "start_from and continue_from both give the weights; give start_from to train them "
@@ -136,6 +123,30 @@ class TrainConfig(Strict):
             raise ValueError(
                 "optimizer.name=muon updates matrices that trainable=routers does not train; give "
                 "optimizer.name=adamw, or trainable=all"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        if self.parallel.mixed_precision and self.precision != "auto":
+            raise ValueError(
+                f"precision={self.precision} and parallel.mixed_precision="
+                f"{self.parallel.mixed_precision} both choose the dtype that is computed in; leave "
+                "precision out, or leave parallel.mixed_precision out"
+            )
+        if self.loss.locality and self.parallel.experts != "all_to_all":
+            raise ValueError(
+                f"loss.locality={self.loss.locality:g} has no effect with parallel.experts=data; "
+                "leave it out, or give parallel.experts=all_to_all"
+            )
+        if self.compile and self.parallel.experts == "all_to_all":
+            raise ValueError(
+                "compile=true does not support parallel.experts=all_to_all; give compile=false"
+            )
+        start, end = self.loss.locality_ramp
+        if start > end:
+            raise ValueError(
+                f"loss.locality_ramp=[{start}, {end}] ends before it starts; swap them"
             )
         return self
 

@@ -165,13 +165,17 @@ def attention_implementation(config: TrainConfig, device: torch.device) -> str:
     """
     if config.attention != "auto":
         return config.attention
-    eager = device.type == "cpu" and use_bf16(config, device) and config.seq_len <= 512
+    bf16 = use_bf16(config, device) or config.parallel.mixed_precision is not None
+    eager = device.type == "cpu" and bf16 and config.seq_len <= 512
     return "eager" if eager else "sdpa"
 
 
 def use_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Return whether to autocast to bfloat16: by default on GPUs and on CPUs with AMX."""
-    if config.precision != "auto":
+    """Return whether to autocast to bfloat16: by default on GPUs and on CPUs with AMX.
+
+    Not where `parallel.mixed_precision` rounds weights instead.
+    """
+    if config.precision != "auto" or config.parallel.mixed_precision is not None:
         return config.precision == "bf16"
     return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
 

@@ -276,6 +276,10 @@ class ParallelConfig(Strict):
     reshard: bool = True
     """Free a layer's weights after its forward pass and gather them again for the backward pass:
     less memory, half as much traffic again."""
+    mixed_precision: Literal["bf16"] | None = None
+    """`bf16`: compute with weights rounded to bfloat16, and send them so; routers, weights that are
+    updated, sums of gradients, optimizer and checkpoints in float32. Also of one process. None:
+    weights compute as `precision` says, and travel in float32."""
     experts: Literal["data", "all_to_all"] = "data"
     """`data`: experts are sharded like all weights. `all_to_all`: each process has an equal part of
     every layer's experts, and tokens are sent to them; for sparse models."""

@@ -54,7 +54,7 @@ from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import check_model, parallelism
 from moefit.train.parallel.processes import OneProcess, Processes, local_device
 from moefit.train.parallel.saver import ShardedSaver, WholeSaver
-from moefit.train.parallel.state import RunState, seed_process
+from moefit.train.parallel.state import MIXED, RunState, seed_process
 from moefit.train.run_folder import NoLog, RunLog, StepProfiler, last_record, read_log
 from moefit.train.schedule import is_sparse, learning_rate, mi_scale, set_learning_rate
 from moefit.train.spikes import SpikeDetector
@@ -98,11 +98,11 @@ class Trainer:
         self.parallel = parallelism(config, self.processes, self.device)
         self.model = self.processes.agreed(self._build_model)
         self.processes.agreed(self._check_model)
+        self.teacher = GateTeacher.of(config, self.model)  # copies whole routers
         self.parallel.wrap(self.model)
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.dropout = ExpertDropout.of(config, self.model)
         self.budget = BudgetAware.of(config, self.model)
-        self.teacher = GateTeacher.of(config, self.model)
         self.rounding = Rounding.of(config, self.model, self.processes.size)
         self.allowed = AllowedExperts(self.model)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -216,7 +216,8 @@ class Trainer:
         return model
 
     def _info(self) -> dict[str, Any]:
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        is_mixed = self.config.parallel.mixed_precision is not None
+        dtype = torch.bfloat16 if self.bf16 or is_mixed else torch.float32
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "train_tokens": self.data.train.tokens,
@@ -225,7 +226,7 @@ class Trainer:
             "epochs": self.batches.epoch(self.config.steps * self.config.accumulation),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "precision": "bf16" if self.bf16 else "fp32",
+            "precision": MIXED if is_mixed else "bf16" if self.bf16 else "fp32",
             "attention": attention_implementation(self.config, self.device),
             "flops_per_token": training_flops_per_token(self.model, self.config.seq_len),
             "peak_flops": self.processes.sums((measured_peak_flops(self.device, dtype),))[0],

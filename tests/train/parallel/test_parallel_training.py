@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from processes import results
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from moefit.dsmoe.model import register
@@ -53,7 +54,9 @@ def pair(shared_folder):
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
         "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
-        "locmoe:loc_one:5", "muon_run:muon:3", "equalised", "bf16", "failures", "killed",
+        "locmoe:loc_one:5", "muon_run:muon:3", "mixed",
+        "mixed_run:mixed", "mixed_run:mixed_parts:3", "mixed_run:mixed_parts",
+        "equalised", "bf16", "failures", "killed",
         last_dies=True,
     )  # fmt: skip
 
@@ -93,6 +96,30 @@ def test_one_process_goes_on_with_muon(pair, shared_folder):
         for name in ("muon", "muon_one")
     )
     assert_close(weights(two.checkpoint), weights(whole.checkpoint), 1e-5)
+
+
+def test_mixed_precision_of_two_processes_is_that_of_one_but_for_rounding(pair):
+    """Rounding to 8 bits moves each number by up to 0.4%; what is summed is in float32."""
+    for case, (numbers, expected, exact, dtypes, dtypes_of_one) in pair["mixed"].items():
+        found, wanted = torch.tensor(numbers), torch.tensor(expected)
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-4, msg=f"{case}: {found}")
+        assert not torch.allclose(wanted, torch.tensor(exact), rtol=1e-6, atol=0), case
+        assert dtypes == dtypes_of_one == [["torch.float32"], ["torch.float32"]], case
+
+
+def test_runs_in_mixed_precision_save_float32_and_resume_bit_for_bit(pair, shared_folder):
+    two = pair["mixed_run:mixed"]
+    with safe_open(Path(two) / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {one.dtype for one in stored.values()} == {torch.float32}
+    assert any(not one.equal(one.bfloat16().float()) for one in stored.values())
+    assert_close(weights(pair["mixed_run:mixed_parts"]), weights(two), 0)
+    tree = json.loads((shared_folder / "tree.json").read_text())
+    config = make_config({**parallel_cases.mixed_run(tree), "out": str(shared_folder / "m")})
+    one = train(config, NoDisplay())
+    expected = losses(shared_folder / "m")
+    assert losses(shared_folder / "mixed") == pytest.approx(expected, rel=1e-2)
+    assert one.step == 6
 
 
 def test_gradients_outside_the_experts_are_equal_within_a_group(pair):

@@ -283,20 +283,23 @@ def _own_experts(experts: Any, rows_RD: Tensor, received_E: Tensor, processes: i
     own = torch.arange(len(received_E) // processes, device=rows_RD.device)
     ids_R1 = own.repeat(processes).repeat_interleave(received_E).unsqueeze(1)
     ones_R1 = torch.ones_like(ids_R1, dtype=rows_RD.dtype)
-    weights = _local_weights(expert_weights(experts), processes)
+    weights = _local_weights(expert_weights(experts), processes, rows_RD.dtype)
     if not len(rows_RD):
         # Its backward pass must exchange gradients too, or others would wait for it.
         return rows_RD + 0 * (weights.w_in_EID.sum() + weights.w_out_EDF.sum())
     return grouped_experts(rows_RD, Routing(ids_R1, ones_R1), weights)
 
 
-def _local_weights(weights: ExpertWeights, processes: int) -> ExpertWeights:
-    """Return this process's weights, whose gradients are means over processes as FSDP's are."""
+def _local_weights(weights: ExpertWeights, processes: int, dtype: torch.dtype) -> ExpertWeights:
+    """Return this process's weights in the dtype of the rows that they multiply.
+
+    Their gradients are means over processes, as FSDP's are.
+    """
 
     def local(spread: Any) -> Tensor:
         part = spread.to_local()
         if part.requires_grad:
             part.register_hook(lambda gradient: gradient / processes)
-        return part
+        return part.to(dtype)
 
     return replace(weights, w_in_EID=local(weights.w_in_EID), w_out_EDF=local(weights.w_out_EDF))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultAllGather,
     DefaultReduceScatter,
@@ -37,6 +37,12 @@ from moefit.train.parallel.dispatch import (
     spread_experts,
 )
 from moefit.train.parallel.expert_tensor import ExpertTensor, check_divisible, divide_experts
+from moefit.train.parallel.mixed_precision import (
+    ROUNDED,
+    WHOLE,
+    round_weights,
+    routers_with_weights,
+)
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.settings import ParallelConfig
 
@@ -99,9 +105,13 @@ class Single:
     dispatch: None = None
     shares: int = 1
     mine: int = 0
+    mixed: bool = False
+    """Whether to compute with rounded weights."""
 
     def wrap(self, model: PreTrainedModel) -> None:
-        """Leave the model as it is."""
+        """Leave the model as it is, but for rounded weights."""
+        if self.mixed:
+            round_weights(model)
 
     def share(self, rows: Tensor, dim: int = 0) -> Tensor:
         """Return all rows."""
@@ -150,6 +160,7 @@ class DataParallel:
         dispatch: Spreads experts whole instead of sharding them; None to shard everything.
         tensor: Divides experts among processes with the same part of a micro-batch; None if each
             process has a part of its own.
+        mixed: Whether weights compute and travel in bfloat16, except those of routers.
     """
 
     processes: Processes
@@ -159,6 +170,7 @@ class DataParallel:
     clock: Clock
     dispatch: Dispatch | None = None
     tensor: ExpertTensor | None = None
+    mixed: bool = False
 
     @property
     def shares(self) -> int:
@@ -176,11 +188,17 @@ class DataParallel:
         apart = spread_experts(model, self.dispatch) if self.dispatch is not None else None
         if self.tensor is not None:
             divide_experts(model, self.tensor)
-        for module in (*layers, model):
+        policies = dict.fromkeys(
+            (*layers, model), ROUNDED if self.mixed else MixedPrecisionPolicy()
+        )
+        if self.mixed:  # before their layers
+            policies = dict.fromkeys(routers_with_weights(model), WHOLE) | policies
+        for module, policy in policies.items():
             fully_shard(
                 module,
                 mesh=self.mesh,
                 reshard_after_forward=self.reshard,
+                mp_policy=policy,
                 ignored_params=apart,
             )
             assert isinstance(module, FSDPModule)
@@ -243,9 +261,10 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
     """
     _check_sizes(config, processes)
     clock = Clock(device)
-    if processes.size == 1:
-        return Single(clock=clock, processes=processes)
     settings = config.parallel
+    mixed = settings.mixed_precision is not None
+    if processes.size == 1:
+        return Single(clock=clock, processes=processes, mixed=mixed)
     mesh = _mesh(settings, processes, device)
     data = mesh[_HSDP] if settings.replicate > 1 else mesh["data"]
     dispatch = tensor = None
@@ -269,6 +288,7 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
         clock=clock,
         dispatch=dispatch,
         tensor=tensor,
+        mixed=mixed,
     )
 
 
@@ -347,8 +367,9 @@ def check_model(config: TrainConfig, model: PreTrainedModel, processes: int) -> 
         ConfigError: It cannot be spread as configured.
     """
     settings, lines = config.parallel, []
-    if processes == 1 and settings != ParallelConfig():
-        lines.append("one process: settings of parallel have no effect")
+    if processes == 1 and settings != ParallelConfig(mixed_precision=settings.mixed_precision):
+        but = " but mixed_precision" if settings.mixed_precision else ""
+        lines.append(f"one process: settings of parallel{but} have no effect")
     if processes > 1 and settings.expert_tensor > 1:
         check_divisible(int(model.config.num_experts), settings.expert_tensor)
     if settings.experts == "all_to_all":

@@ -30,6 +30,8 @@ from moefit.train.checkpoint import load_state, verify
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.spikes import SpikeDetector
 
+MIXED = "mixed bf16"
+"""The precision of a run with `parallel.mixed_precision`."""
 SHARDED = "sharded"
 """Subfolder of a checkpoint with the parts of many processes."""
 
@@ -42,7 +44,7 @@ class RunState:
         model: The model, or this process's part.
         optimizer: Its optimizer.
         device: Where it is trained.
-        precision: `fp32` or `bf16`, not `auto`.
+        precision: `fp32`, `bf16` or `MIXED`, not `auto`.
         fingerprint: Of text and tokenizer.
         seed: Of the run.
         shards: Machines that the text is divided among.
@@ -138,7 +140,8 @@ class RunState:
         if before != self.precision:
             raise ConfigError(
                 f"{folder} was trained in {before}, but would continue in {self.precision} on "
-                f"{self.device}; give precision={before}, or start a new run with out=FOLDER"
+                f"{self.device}; give {_precision_setting(before, self.precision)}, or start a new "
+                "run with out=FOLDER"
             )
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
@@ -211,6 +214,14 @@ class RunState:
                 torch.cuda.set_rng_state(mine["cuda_rng"], self.device)
             else:  # the run began on the CPU
                 torch.cuda.manual_seed(torch.initial_seed())
+
+
+def _precision_setting(wanted: str, given: str) -> str:
+    """Return the settings that lead from one precision to another."""
+    if wanted == MIXED:
+        return "parallel.mixed_precision=bf16 without precision"
+    without = " without parallel.mixed_precision" if given == MIXED else ""
+    return f"precision={wanted}{without}"
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
