@@ -239,6 +239,15 @@ def mixed_run(tree: dict) -> dict:
     return {**tree, "precision": "auto", "parallel": MIXED, **more}
 
 
+def weighted(tree: dict) -> dict:
+    """Return settings of a run that draws from two sources."""
+    sources = [
+        {"path": str(Path(sys.argv[1]) / name), "weight": weight}
+        for name, weight in (("letters", 0.25), ("digits", 0.75))
+    ]
+    return {**tree, "data": {**tree["data"], "sources": sources}, "steps": 4}
+
+
 def six(tree: dict) -> dict:
     """Return settings of a run with Muon and 6 experts, which 4 processes divide unequally."""
     return {**muon(tree), "model": {**tree["model"], "num_experts": 6}}
@@ -327,6 +336,7 @@ def main() -> None:
             "bf16": lambda _: bf16_traffic(processes),
             "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),
             "run": lambda detail: run(tree, processes, detail),
+            "weighted_run": lambda detail: run(weighted(tree), processes, detail),
             "mixed": lambda _: mixed(processes),
             "mixed_run": lambda detail: run(mixed_run(tree), processes, detail),
             "muon_run": lambda detail: run(muon(tree), processes, detail),

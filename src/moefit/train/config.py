@@ -25,6 +25,7 @@ from moefit.train.settings import (
     RoundingConfig,
     SparseConfig,
     Strict,
+    WeightedSource,
 )
 from moefit.yaml_text import load_yaml
 
@@ -236,10 +237,13 @@ def _describe_error(item: Any) -> str:
         return f"{where}: {item['msg'].removeprefix('Value error, ')}{given}"
     *parents, leaf = item["loc"]
     group: type[BaseModel] = TrainConfig
-    for parent in parents:
-        annotation = group.model_fields[parent].annotation
-        groups = (annotation, *get_args(annotation))  # of an optional group
-        group = next(one for one in groups if isinstance(one, type) and issubclass(one, BaseModel))
+    if parents[:2] == ["data", "sources"]:
+        group = WeightedSource
+    else:
+        for parent in parents:
+            annotation = group.model_fields[parent].annotation
+            groups = (annotation, *get_args(annotation))  # of an optional group
+            group = next(x for x in groups if isinstance(x, type) and issubclass(x, BaseModel))
     known = list(group.model_fields)
     nearest = difflib.get_close_matches(str(leaf), known, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"

@@ -127,6 +127,10 @@ def _train(
         # After validation, so that an invalid configuration is never stored.
         processes.on_main(lambda: save_config(out, config))
         trainer.log.write("run", trainer.first_step, trainer.info)
+        for source in trainer.info["sources"]:
+            callback.on_message(
+                "{path}: weight {weight:g}, {tokens} tokens, {epochs:.2f} epochs".format(**source)
+            )
         callback.on_start(step=trainer.first_step, steps=config.steps, info=trainer.info)
         with stop_on_signal() as request:
             return processes.agreed(lambda: trainer.run(request))

@@ -5,7 +5,16 @@ Unknown keys and values out of range are errors.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from moefit.errors import ConfigError
 from moefit.moe.expert_dropout import Order
@@ -30,18 +39,38 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """Files, folders or datasets: a list or a single string."""
 
 
+class WeightedSource(Strict):
+    """A file, folder or dataset, and the proportion in which sequences are drawn from it."""
+
+    path: str
+    weight: float = Field(ge=0)
+
+
+def _source_kind(value: Any) -> str:
+    return "source" if isinstance(value, dict | WeightedSource) else "path"
+
+
+Source = Annotated[
+    Annotated[str, Tag("path")] | Annotated[WeightedSource, Tag("source")],
+    Discriminator(_source_kind),
+]
+
+
 class DataConfig(Strict):
     """Text sources and tokenisation.
 
-    `sources` are files or folders (.txt, .md, .rst, .py, .jsonl, .parquet), `stdlib` for the source
-    code of the running Python's standard library, or Hugging Face datasets as `hf:DATASET[:SPLIT]`
-    or `hf:DATASET@CONFIG[:SPLIT]`. The default split is train.
+    `sources` are paths, or all of them `{path: ..., weight: ...}`. Paths are files or folders
+    (.txt, .md, .rst, .py, .jsonl, .parquet), `stdlib` for the source code of the running Python's
+    standard library, or Hugging Face datasets as `hf:DATASET[:SPLIT]` or
+    `hf:DATASET@CONFIG[:SPLIT]`. The default split is train.
 
     Without `held_out`, whole documents are held out by a hash of their names. If that leaves either
     side empty, as with a single file, the end of each document is held out instead.
     """
 
-    sources: Sources = (STDLIB,)
+    sources: Annotated[tuple[Source, ...], BeforeValidator(_as_list)] = (STDLIB,)
+    """With weights, training sequences are drawn in their proportion, each source beginning anew
+    when it has been used up. Held-out text has the sources' own proportions."""
     held_out: Sources = ()
     """Sources to evaluate on; if empty, `held_out_fraction` of the documents is held out."""
     held_out_fraction: float = Field(default=0.02, gt=0, lt=0.5)
@@ -59,6 +88,38 @@ class DataConfig(Strict):
     batch. `none`: all machines train on all text."""
     cache_dir: str | None = None
     """Folder for token files; None is $XDG_CACHE_HOME/moefit/data or ~/.cache/moefit/data."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sources without weights."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.sources)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Weights of the sources; None if they have none."""
+        weights = tuple(one.weight for one in self.sources if not isinstance(one, str))
+        return weights or None
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.weights is None:
+            return self
+        without = [one for one in self.sources if isinstance(one, str)]
+        if without:
+            raise ValueError(
+                f"sources have weights, but {', '.join(without)} has none; give all a weight, such "
+                f"as {{path: {without[0]}, weight: 0.5}}, or none"
+            )
+        if not any(self.weights):
+            raise ValueError(
+                "all weights of sources are 0, so nothing could be drawn; give one above 0"
+            )
+        if self.shard_by == "source":
+            raise ValueError(
+                "weights of sources do not work with shard_by=source, where each machine has an "
+                "equal share of a batch for its own sources; give shard_by=none, or no weights"
+            )
+        return self
 
 
 class ModelConfig(BaseModel):

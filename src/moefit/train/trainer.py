@@ -24,7 +24,7 @@ from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
 from moefit.train.config import TrainConfig
-from moefit.train.data.batches import training_batches
+from moefit.train.data.batches import training_batches, use_of_sources
 from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
 from moefit.train.display import TrainingCallback
@@ -224,6 +224,7 @@ class Trainer:
             "held_out_tokens": self.data.held_out.tokens,
             "tokens_per_step": self.tokens_per_step,
             "epochs": self.batches.epoch(self.config.steps * self.config.accumulation),
+            "sources": use_of_sources(self.config, self.data),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "precision": MIXED if is_mixed else "bf16" if self.bf16 else "fp32",

@@ -147,7 +147,7 @@ def test_disappearing_file_raises(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_standard_library_source() -> None:
-    found = parts(["stdlib"])
+    (found,) = parts(["stdlib"])
     names = [part.name for part in found]
     assert names == sorted(names)
     assert "stdlib/asyncio/base_events.py" in names

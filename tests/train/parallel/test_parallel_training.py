@@ -54,7 +54,7 @@ def pair(shared_folder):
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
         "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
-        "locmoe:loc_one:5", "muon_run:muon:3", "mixed",
+        "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
         "mixed_run:mixed", "mixed_run:mixed_parts:3", "mixed_run:mixed_parts",
         "equalised", "bf16", "failures", "killed",
         last_dies=True,
@@ -96,6 +96,15 @@ def test_one_process_goes_on_with_muon(pair, shared_folder):
         for name in ("muon", "muon_one")
     )
     assert_close(weights(two.checkpoint), weights(whole.checkpoint), 1e-5)
+
+
+def test_two_processes_draw_from_weighted_sources_as_one_does(pair, shared_folder):
+    path = shared_folder / "weighted" / "config.yaml"
+    tree = {**yaml.safe_load(path.read_text()), "out": str(shared_folder / "weighted_one")}
+    train(make_config(tree), NoDisplay())
+    two, one = (losses(shared_folder / name) for name in ("weighted", "weighted_one"))
+    assert two == pytest.approx(one, abs=1e-6)
+    assert len(one) == 4
 
 
 def test_mixed_precision_of_two_processes_is_that_of_one_but_for_rounding(pair):

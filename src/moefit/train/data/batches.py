@@ -6,14 +6,16 @@ uninterrupted one.
 Shapes: B sequences, L tokens per sequence, L1 = L + 1, W windows per epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from moefit.train.config import TrainConfig
+from moefit.train.data.mixture import Mixture
 from moefit.train.data.tokens import PreparedData
 
 
@@ -54,9 +56,12 @@ class Batches:
     def batch(self, step: int) -> torch.Tensor:
         """Return the int64 token ids [B, L + 1] of a step: inputs and, shifted by one, targets."""
         first = step * self.batch_size
-        starts_B = [self._start(index) for index in range(first, first + self.batch_size)]
-        ids_BL1 = np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts_B])
-        return torch.from_numpy(ids_BL1.astype(np.int64))
+        return _stacked(self.sequence(index) for index in range(first, first + self.batch_size))
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Return the ids [L + 1] of a sequence; `index` counts over all epochs."""
+        start = self._start(index)
+        return self.tokens[start : start + self.seq_len + 1]
 
     def _start(self, index: int) -> int:
         """Return the start of a window; `index` counts over all epochs."""
@@ -86,8 +91,54 @@ class BatchesByMachine:
         return torch.cat([share.batch(step) for share in self.shares])
 
 
-def training_batches(config: TrainConfig, data: PreparedData) -> Batches | BatchesByMachine:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedBatches:
+    """Batches whose sequences are drawn from several sources, in proportion to weights.
+
+    Attributes:
+        sources: The text of each; None for those of weight 0.
+        mixture: Says which source a sequence is of.
+        batch_size: B.
+    """
+
+    sources: tuple[Batches | None, ...]
+    mixture: Mixture
+    batch_size: int
+
+    def epochs(self, step: int) -> list[float]:
+        """Return the number of epochs of each source before a step."""
+        counts = self.mixture.counts(step * self.batch_size)
+        return [
+            0.0 if source is None else count / source.windows_per_epoch
+            for source, count in zip(self.sources, counts, strict=True)
+        ]
+
+    def epoch(self, step: int) -> float:
+        """Return the number of epochs before a step, of the source that is repeated most."""
+        return max(self.epochs(step))
+
+    def batch(self, step: int) -> torch.Tensor:
+        """Return the token ids [B, L + 1] of a step."""
+        first = step * self.batch_size
+        return _stacked(self._sequence(index) for index in range(first, first + self.batch_size))
+
+    def _sequence(self, index: int) -> np.ndarray:
+        number, before = self.mixture.drawn(index)
+        source = self.sources[number]
+        assert source is not None, "weight 0 is never drawn"
+        return source.sequence(before)
+
+
+def _stacked(rows: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(rows)).astype(np.int64))
+
+
+def training_batches(
+    config: TrainConfig, data: PreparedData
+) -> Batches | BatchesByMachine | WeightedBatches:
     """Return the batches of a run."""
+    if config.data.weights is not None:
+        return _weighted(config, data, config.data.weights)
     files = data.shards or (data.train,)
     shares = tuple(
         Batches(
@@ -99,6 +150,37 @@ def training_batches(config: TrainConfig, data: PreparedData) -> Batches | Batch
         for file in files
     )
     return shares[0] if len(shares) == 1 else BatchesByMachine(shares=shares)
+
+
+def _weighted(
+    config: TrainConfig, data: PreparedData, weights: tuple[float, ...]
+) -> WeightedBatches:
+    tokens, size = data.train.open(), config.batch_size
+    starts = (0, *data.source_ends[:-1])
+    sources = tuple(
+        Batches(tokens=tokens[a:b], seq_len=config.seq_len, batch_size=size, seed=config.seed)
+        if weight
+        else None
+        for a, b, weight in zip(starts, data.source_ends, weights, strict=True)
+    )
+    return WeightedBatches(sources=sources, mixture=Mixture(weights, config.seed), batch_size=size)
+
+
+def use_of_sources(config: TrainConfig, data: PreparedData) -> list[dict[str, Any]]:
+    """Return path, weight, tokens and epochs of each source of a run; [] without weights."""
+    batches = training_batches(config, data)
+    if not isinstance(batches, WeightedBatches):
+        return []
+    ends = data.source_ends
+    tokens = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+    rows = zip(
+        config.data.paths,
+        batches.mixture.weights,
+        tokens,
+        batches.epochs(config.steps * config.accumulation),
+        strict=True,
+    )
+    return [dict(zip(("path", "weight", "tokens", "epochs"), row, strict=True)) for row in rows]
 
 
 def document_positions(ids_BL: torch.Tensor, end: int) -> torch.Tensor:
@@ -123,7 +205,7 @@ def model_inputs(ids_BN: torch.Tensor, document_end: int | None) -> dict[str, to
     return {"input_ids": ids_BN, "position_ids": document_positions(ids_BN, document_end)}
 
 
-@lru_cache(maxsize=64)  # a batch can span two epochs, of each machine's text
+@lru_cache(maxsize=256)  # a batch can span two epochs, of the text of each machine or source
 def _starts_W(windows: int, stride: int, max_offset: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.default_rng([seed, epoch])
     offset = generator.integers(max_offset, endpoint=True)

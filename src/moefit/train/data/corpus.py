@@ -7,7 +7,8 @@ import difflib
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 from moefit.errors import DataError
@@ -18,10 +19,14 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A text, and its name relative to its source."""
+    """A text, and its name relative to its source.
+
+    `source` is the source's number, from 0.
+    """
 
     name: str
     text: str
+    source: int = 0
 
 
 def documents(
@@ -38,11 +43,11 @@ def documents(
         DataError: A source cannot be read, or there is no text.
     """
     is_empty = True
-    for part in parts(sources, excluding=excluding):
-        for document in _read(part, text_key):
+    for number, found in enumerate(parts(sources, excluding=excluding)):
+        for document in chain.from_iterable(_read(part, text_key) for part in found):
             if document.text:
                 is_empty = False
-                yield document
+                yield replace(document, source=number)
     if is_empty:
         outside = f" outside {', '.join(excluding)}" if excluding else ""
         raise DataError(

@@ -45,8 +45,10 @@ class HubDataset:
         return f"{HUB_PREFIX}{self.dataset}{config}:{self.split}"
 
 
-def parts(sources: Sequence[str], *, excluding: Sequence[str] = ()) -> list[TextFile | HubDataset]:
-    """Return the files and datasets of `sources` without those of `excluding`.
+def parts(
+    sources: Sequence[str], *, excluding: Sequence[str] = ()
+) -> list[list[TextFile | HubDataset]]:
+    """Return the files and datasets of each of `sources` without those of `excluding`.
 
     A file that two sources contain is returned once; otherwise it could be trained on under one
     name and held out under the other.
@@ -55,12 +57,13 @@ def parts(sources: Sequence[str], *, excluding: Sequence[str] = ()) -> list[Text
         DataError: A source does not exist, cannot be read, or contains no file of a known type.
     """
     seen = {_identity(part) for source in excluding for part in _parts_of(source)}
-    found: list[TextFile | HubDataset] = []
+    found: list[list[TextFile | HubDataset]] = []
     for source in sources:
+        found.append([])
         for part in _parts_of(source):
             if _identity(part) not in seen:
                 seen.add(_identity(part))
-                found.append(part)
+                found[-1].append(part)
     return found
 
 

@@ -12,7 +12,7 @@ The rule is one of three:
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moefit.errors import DataError
@@ -44,7 +44,7 @@ class Split:
 
     def _side(self, *, held_out: bool) -> Iterator[Document]:
         if self.rule == "sources":
-            sources = self.data.held_out if held_out else self.data.sources
+            sources = self.data.held_out if held_out else self.data.paths
             excluding = () if held_out else self.data.held_out
             return _truncated(
                 documents(sources, text_key=self.data.text_key, excluding=excluding),
@@ -55,7 +55,7 @@ class Split:
 
     def _by_name(self) -> Iterator[tuple[bool, Document]]:
         remaining = self.data.max_bytes or math.inf
-        for document in documents(self.data.sources, text_key=self.data.text_key):
+        for document in documents(self.data.paths, text_key=self.data.text_key):
             if is_held_out(document.name, self.data.held_out_fraction):
                 yield True, document
                 continue
@@ -67,12 +67,12 @@ class Split:
                 return
 
     def _by_tail(self) -> Iterator[tuple[bool, Document]]:
-        found = documents(self.data.sources, text_key=self.data.text_key)
+        found = documents(self.data.paths, text_key=self.data.text_key)
         for document in _truncated(found, self.data.max_bytes):
             cut = _tail_start(document.text, self.data.held_out_fraction)
             for held_out, text in ((False, document.text[:cut]), (True, document.text[cut:])):
                 if text:
-                    yield held_out, Document(name=document.name, text=text)
+                    yield held_out, replace(document, text=text)
 
 
 def split(data: DataConfig) -> Split:
@@ -88,7 +88,7 @@ def split(data: DataConfig) -> Split:
         missing = _missing_side(candidate)
     if missing is not None:
         raise DataError(
-            f"{', '.join(data.sources)} contains too little text to split: nothing is left "
+            f"{', '.join(data.paths)} contains too little text to split: nothing is left "
             f"to {missing}; give more text, or name other files with data.held_out"
         )
     return candidate
@@ -132,7 +132,7 @@ def _truncate(document: Document, max_bytes: float) -> tuple[Document, int]:
         return document, len(raw)
     text = raw[: int(max_bytes)].decode("utf-8", "ignore")
     # Bytes of a character that does not fit count too, so that nothing follows.
-    return Document(name=document.name, text=text), int(max_bytes)
+    return replace(document, text=text), int(max_bytes)
 
 
 def _tail_start(text: str, fraction: float) -> int:

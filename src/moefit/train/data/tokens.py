@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -153,7 +153,8 @@ Progress = Callable[[str, int, int | None], None]
 class PreparedData:
     """Token files and tokenizer; equal fingerprints mean equal tokens.
 
-    `shards` has the text of each machine if it is divided among them.
+    `shards` has the text of each machine if it is divided among them. `source_ends` says where the
+    training tokens of each source end if sources have weights.
     """
 
     train: TokenFile
@@ -161,13 +162,15 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     shards: tuple[TokenFile, ...] = ()
+    source_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CorpusScan:
-    """Fingerprint and size of the corpus."""
+    """Fingerprint and size of the corpus, and the training documents of each source."""
 
     fingerprint: str
+    documents: tuple[int, ...]
     train_bytes: int
     held_out_bytes: int
 
@@ -209,7 +212,11 @@ def prepare(data: DataConfig, *, seq_len: int, progress: Progress | None = None)
         except OSError as error:
             raise _unwritable(folder, error) from error
     _check_length(prepared, seq_len)
-    return prepared
+    if data.weights is None:
+        return prepared
+    ends = _source_ends(prepared, scan.documents)
+    _check_sources(data, ends, seq_len)
+    return replace(prepared, source_ends=ends)
 
 
 def prepare_shards(
@@ -229,7 +236,7 @@ def prepare_shards(
             choose other text for held-out than that of the whole corpus.
         DataError: As for `prepare`, of one machine's sources.
     """
-    if len(data.sources) < machines:
+    if len(data.sources) < machines:  # they have no weights
         raise ConfigError(
             f"data.shard_by=source divides {len(data.sources)} sources among {machines} machines; "
             f"give at least {machines} sources, or data.shard_by=none"
@@ -267,15 +274,18 @@ def _scan(data: DataConfig, corpus: Split, progress: Progress) -> _CorpusScan:
         for file in tokenizer_files(data.tokenizer):
             digest.update(_entry(file.name, file.read_bytes()))
     done = {TRAIN: 0, HELD_OUT: 0}
+    documents = [0] * len(data.sources)
     for side, found in ((TRAIN, corpus.train()), (HELD_OUT, corpus.held_out())):
         digest.update(f"{side}\n".encode())
         for document in found:
             text = document.text.encode()
             digest.update(_entry(document.name, text))
             done[side] += len(text)
+            documents[document.source] += side == TRAIN
             progress("reading", sum(done.values()), None)
     return _CorpusScan(
         fingerprint=digest.hexdigest()[:32],
+        documents=tuple(documents),
         train_bytes=done[TRAIN],
         held_out_bytes=done[HELD_OUT],
     )
@@ -283,6 +293,36 @@ def _scan(data: DataConfig, corpus: Split, progress: Progress) -> _CorpusScan:
 
 def _entry(name: str, content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()} {name!r}\n".encode()
+
+
+_CHUNK = 1 << 24  # tokens
+
+
+def _source_ends(prepared: PreparedData, documents: Sequence[int]) -> tuple[int, ...]:
+    """Return where the training tokens of each source end, given its number of documents."""
+    tokens, end = prepared.train.open(), prepared.tokenizer.eos_token_id
+    chunks = range(0, len(tokens), _CHUNK)
+    found = [np.flatnonzero(tokens[at : at + _CHUNK] == end) + at + 1 for at in chunks]
+    ends = np.concatenate([[0], *found])
+    if len(ends) != sum(documents) + 1:
+        raise DataError(
+            f"the tokenizer (data.tokenizer) writes its end-of-text token {len(ends) - 1} times "
+            f"for {sum(documents)} documents, so sources with weights cannot be told apart; give "
+            "a tokenizer that writes it after documents only, or no weights"
+        )
+    return tuple(int(ends[number]) for number in np.cumsum(documents))
+
+
+def _check_sources(data: DataConfig, ends: Sequence[int], seq_len: int) -> None:
+    """Raise DataError for a source of which not even one sequence can be drawn."""
+    assert data.weights is not None
+    for path, weight, start, end in zip(data.paths, data.weights, (0, *ends), ends, strict=False):
+        if weight and end - start <= seq_len:
+            raise DataError(
+                f"{path} has weight {weight:g}, but {end - start} tokens to train on, and a "
+                f"sequence of seq_len={seq_len} needs {seq_len + 1}; give more text there, weight "
+                "0, or a file for data.held_out if most of it was held out"
+            )
 
 
 def _load(folder: Path, fingerprint: str) -> PreparedData | None:
