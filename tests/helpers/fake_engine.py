@@ -49,6 +49,7 @@ class FakeEngine:
         self.tokens: Callable[[Sequence[int]], Sequence[int]] | None = None
         self.cancelled: list[str] = []
         self.submitted: list[tuple[tuple[int, ...], SamplingParams]] = []
+        self.labels: list[str | None] = []
         self._size = served.model.config.vocab_size
         self._names = (f"request-{n}" for n in count())
         self._going: dict[str, tuple[Iterator[Event], Listener]] = {}
@@ -84,7 +85,12 @@ class FakeEngine:
             return self._changed.wait_for(lambda: not self._going, timeout)
 
     def submit(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, listener: Listener
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        listener: Listener,
+        *,
+        label: str | None = None,
     ) -> str:
         wanted = len(prompt_ids) + sampling.max_tokens
         if wanted > self.max_model_len:
@@ -96,6 +102,7 @@ class FakeEngine:
                 raise RefusedError("shutting down")
             name = next(self._names)
             self.submitted.append((tuple(prompt_ids), sampling))
+            self.labels.append(label)
             self._going[name] = (self._events(tuple(prompt_ids), sampling), listener)
             self._changed.notify_all()
         return name

@@ -6,11 +6,12 @@ The module of a command is imported when the command is run, so that `moefit --h
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any, NoReturn
@@ -89,6 +90,17 @@ app = typer.Typer(
     help="Train mixture-of-experts models, and serve them inside a memory budget.",
 )
 console = Console(stderr=True)
+_LOG = logging.getLogger(__name__)
+
+
+def logs_json() -> bool:
+    """Return whether `serve --log-json` has set up logs, which no other line may interrupt."""
+    return _LOG.isEnabledFor(logging.INFO)
+
+
+def status(what: str) -> AbstractContextManager[object]:
+    """Show what is being done within the block."""
+    return nullcontext() if logs_json() else console.status(what)
 
 
 @contextmanager
@@ -98,6 +110,9 @@ def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     Args:
         what: Shown until the first call.
     """
+    if logs_json():
+        yield lambda name, done, total: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -157,9 +172,9 @@ def _imported(name: str) -> Any:
     """Import the module of a command, and return the command."""
     import_module(f"moefit.cli.{COMMANDS[name][0]}")
     if "transformers" in sys.modules:
-        logging = import_module("transformers.utils.logging")
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        theirs = import_module("transformers.utils.logging")
+        theirs.disable_progress_bar()
+        theirs.set_verbosity_error()
     group = typer.main.get_group(app)
     return group.commands[name]
 
@@ -181,7 +196,13 @@ def stopped(by: str) -> typer.Exit:
 
 
 def say(text: str) -> None:
-    """Print a line to standard error, without markup: a path may have brackets."""
+    """Print a line to standard error, without markup: a path may have brackets.
+
+    Where logs are JSON (`serve --log-json`), log it instead.
+    """
+    if logs_json():
+        _LOG.info("%s", text)
+        return
     console.print(text, markup=False, soft_wrap=True)
 
 
@@ -207,12 +228,19 @@ def main() -> NoReturn:
     except ElsewhereError:
         sys.exit(2)
     except MoefitError as error:
-        console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        say(str(error))
+        _say_error(error)
         if "--json" in sys.argv:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         sys.exit(2)
     sys.exit(0)
+
+
+def _say_error(error: MoefitError) -> None:
+    if logs_json():
+        _LOG.error("%s", error, extra={"fields": {"error": type(error).__name__}})
+        return
+    console.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+    say(str(error))
 
 
 def error_of(output: str) -> MoefitError | None:

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from moefit.api import folder_of, load
-from moefit.cli.app import console, say
+from moefit.cli.app import console, logs_json, say, status
 from moefit.cli.options import KvCache, PrefetchName, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
@@ -90,7 +90,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         precision=None if options.experts == NATIVE_PRECISION else options.experts,
         **{"dense-precision": dense},
     )
-    with console.status("planning"):
+    with status("planning"):
         drafts = settings.get("draft_rows", 0)
         rows = settings["sequences"] + drafts if "sequences" in settings else None
         plan = plan_for(model, options, rows, settings.get("helpers", 0))
@@ -279,6 +279,9 @@ def loading() -> Iterator[Progress]:
         TextColumn("{task.fields[done]}"),
         TimeRemainingColumn(),
     )
+    if logs_json():
+        yield lambda what, done, total: None
+        return
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None, what="", done="")
 

@@ -48,6 +48,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.outgrown import Backlog, size_line, slow_line, subject_of, unfit_line
 from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
+from moefit.server.operation.json_log import log_json
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import stop_on_signal
@@ -200,6 +201,12 @@ class ServerOptions:
     cors_origin: Annotated[
         list[str] | None, advanced("Allow web pages of this origin (CORS); may be repeated.")
     ] = None
+    log_json: Annotated[
+        bool,
+        advanced(
+            "Write logs as JSON, one object a line, with a line for each request.", "--log-json"
+        ),
+    ] = False
     drain_seconds: Annotated[
         float,
         advanced("Seconds that running requests may take to end on SIGTERM.", min=0, max=86400),
@@ -289,6 +296,8 @@ def serve(
     generation_config: GenerationConfig = Following.auto,
 ) -> None:
     """Listen on loopback only, unless --host says otherwise."""
+    if server.log_json:
+        log_json()
     follow = server.follow(options)
     if follow.follows:
         first = follow.first_budget()

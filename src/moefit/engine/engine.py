@@ -217,7 +217,12 @@ class Engine:
             return self._changed.wait_for(lambda: not self._requests, timeout)
 
     def submit(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, listener: Listener
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        listener: Listener,
+        *,
+        label: str | None = None,
     ) -> str:
         """Queue a request and return its id.
 
@@ -225,6 +230,7 @@ class Engine:
             prompt_ids: Token ids of the prompt.
             sampling: Sampling parameters.
             listener: Called in the engine's thread with each event of the request.
+            label: Id by which logs name the request; None uses the returned one.
 
         Returns:
             The request id, as `cancel` takes it.
@@ -244,6 +250,7 @@ class Engine:
             state = RequestState(
                 name, prompt_ids, sampling, self._limits.decoding, listener, self._remove
             )
+            state.label = label or name
             max_chunk = None if sampling.prompt_logprobs is None else self._prompt_logits_rows()
             self._scheduler.submit(
                 name,
@@ -376,8 +383,12 @@ class Engine:
     def _begin(self, state: RequestState) -> None:
         """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
+        state.bytes_read_before = self.served.bytes_read
         self.speculation.open(state.name, sampled=not state.sampler.greedy)
         self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
+        if _LOG.isEnabledFor(logging.INFO):
+            fields = {"prompt_tokens": len(state.prompt), "cached_tokens": state.cached_tokens}
+            _LOG.info("request %s runs", state.label, extra=state.log_fields(**fields))
 
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
@@ -397,7 +408,9 @@ class Engine:
             self._failed_steps = (0, 0.0)
         except BaseException as error:  # noqa: BLE001 - any error in a model's code or files
             self._failed_steps = (self._failed_steps[0] + 1, monotonic())
-            _LOG.exception("a step of %d requests failed", len(scheduled))
+            labels = [state.label for state in states]
+            fields = {"fields": {"request_ids": labels}}
+            _LOG.exception("a step of %d requests failed", len(scheduled), extra=fields)
             for chunk in scheduled:
                 self._finish(chunk.request, "error", _error_text(error))
 
@@ -463,7 +476,7 @@ class Engine:
         try:
             act()
         except BaseException as error:  # noqa: BLE001 - such as a panic in a tokenizer
-            _LOG.exception("request %s failed", state.name)
+            _LOG.exception("request %s failed", state.label, extra=state.log_fields())
             state.finish("error", _error_text(error))
 
     def _record_progress(
@@ -496,13 +509,28 @@ class Engine:
             self._changed.notify_all()
             if running:
                 self._release(state)
+        self._log_end(state, running)
+
+    def _log_end(self, state: RequestState, running: bool) -> None:
+        """Log how a request went, with what all steps have read since it was admitted."""
+        if not _LOG.isEnabledFor(logging.INFO):
+            return
+        summary = state.summary()
+        if running:
+            summary["expert_bytes_read"] = self.served.bytes_read - state.bytes_read_before
+        words = "request %s ended: %s"
+        _LOG.info(words, state.label, state.reason, extra=state.log_fields(**summary))
 
     def _release(self, state: RequestState) -> None:
         """Free a request's KV cache; an error must not prevent its last event."""
         try:
             self._prefixes.close(state)
         except BaseException:  # noqa: BLE001 - any error in a runner
-            _LOG.exception("the KV cache of request %s could not be freed", state.name)
+            _LOG.exception(
+                "the KV cache of request %s could not be freed",
+                state.label,
+                extra=state.log_fields(),
+            )
 
 
 def _decodes(state: RequestState, chunk: ScheduledTokens) -> bool:

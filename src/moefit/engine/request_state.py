@@ -64,6 +64,10 @@ class RequestState:
         sampling: Sampling parameters.
         listener: Receives the events.
         ended: Called with `name` just before the last event.
+
+    Attributes:
+        label: Id by which logs name the request; need not be unique.
+        reason: Why the request ended; None until then.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class RequestState:
         listener: Listener,
         ended: Callable[[str], None],
     ):
+        self.label = name
         self.name, self.prompt, self.sampling = name, tuple(prompt), sampling
         self._listener, self._ended, self._tokens = listener, ended, list(prompt)
         self._text: IncrementalDetokenizer | None = None
@@ -90,9 +95,12 @@ class RequestState:
         self.sampler = Sampler(sampling, context=context, suppressed=decoding.suppressed)
         self._logprobs: list[TokenLogprob | None] = [None]
         self._arrival, self._queue_seconds = monotonic(), 0.0
+        self._first_token: float | None = None
+        self.reason: FinishReason | None = None
         self.finished = self.failed = False
         self.prefix: Prefix | None = None  # what it may reuse and leave to others
         self.cached_tokens = 0  # of the prompt, whose keys and values were reused
+        self.bytes_read_before = 0  # by the model, until the request was admitted
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -107,6 +115,23 @@ class RequestState:
     def mark_admitted(self) -> None:
         """Record the time at which the request was admitted."""
         self._queue_seconds = monotonic() - self._arrival
+
+    def log_fields(self, **more: Any) -> dict[str, Any]:
+        """Return `extra` of a log call about this request: its ids, and further fields."""
+        return {"fields": {"request_id": self.label, "engine_request": self.name, **more}}
+
+    def summary(self) -> dict[str, Any]:
+        """Return how the request went, for logs: tokens, and times in seconds."""
+        first = None if self._first_token is None else self._first_token - self._arrival
+        return {
+            "finish_reason": self.reason,
+            "prompt_tokens": len(self.prompt),
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.num_generated,
+            "queue_seconds": round(self._queue_seconds, 4),
+            "first_token_seconds": None if first is None else round(first, 4),
+            "seconds": round(monotonic() - self._arrival, 4),
+        }
 
     @property
     def drafts_at_most(self) -> int:
@@ -152,6 +177,8 @@ class RequestState:
                 ahead of this one.
         """
         self._tokens.append(token)
+        if self._first_token is None:
+            self._first_token = monotonic()
         is_eos = token in self._stop_ids
         text = ""
         if self._text is not None:
@@ -169,7 +196,7 @@ class RequestState:
             return
         self.finished = True
         text, reason, message = self._flush(reason, message)
-        self.failed = reason == "error"
+        self.failed, self.reason = reason == "error", reason
         self._ended(self.name)
         self._notify(
             FinishedEvent(
@@ -192,7 +219,7 @@ class RequestState:
         except BaseException as error:  # noqa: BLE001 - any error in a tokenizer
             if reason == "error":
                 return "", reason, message
-            _LOG.exception("the text of request %s failed", self.name)
+            _LOG.exception("the text of request %s failed", self.label, extra=self.log_fields())
             return "", "error", f"{type(error).__name__}: {error}"
         if self._text.stopped and reason == "length":
             reason = "stop"  # the text held back completes a stop text
@@ -202,7 +229,7 @@ class RequestState:
         try:
             self._listener(event)
         except BaseException:  # noqa: BLE001 - a listener's error must not affect other requests
-            _LOG.exception("the listener of request %s failed", self.name)
+            _LOG.exception("the listener of request %s failed", self.label, extra=self.log_fields())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,6 +103,11 @@ class ServedModel:
         """Whether reading experts fails now; unlike `report()`, does not wait for a step."""
         return self._shared.transfer.failures.failing
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of experts read from storage so far; unlike `report()`, does not wait."""
+        return self._store.bytes_read
+
     def _context(self) -> int | None:
         """Return the largest number of tokens in a step; None (no limit) without a budget."""
         budget = self._budget  # read once: another thread may replace it

@@ -15,6 +15,7 @@ import moefit
 from moefit.server import admin, chat, completions
 from moefit.server.errors import ERROR_RESPONSES, APIError, PanicMiddleware, install_handlers
 from moefit.server.middleware import AccessMiddleware, BodyBudget, BodyLimitMiddleware
+from moefit.server.operation.request_id import HEADER, RequestIdMiddleware
 from moefit.server.responses import endpoint as responses
 from moefit.server.service import Service
 
@@ -108,5 +109,7 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=list(settings.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # clients send custom headers such as `x-stainless-os`
+            expose_headers=[HEADER, "retry-after"],
         )
+    app.add_middleware(RequestIdMiddleware)
     return app

@@ -1,7 +1,7 @@
 """Convert errors to responses in OpenAI's format.
 
-The body is `{"error": {"message", "type", "param", "code"}}`. Responses never contain tracebacks or
-local paths.
+The body is `{"error": {"message", "type", "param", "code", "request_id"}}`. Responses never contain
+tracebacks or local paths.
 """
 
 import logging
@@ -28,6 +28,7 @@ from moefit.errors import (
     RequestTooLargeError,
     UnsupportedModelError,
 )
+from moefit.server.operation.request_id import HEADER, current_request
 
 _LOG = logging.getLogger(__name__)
 _ERROR_TYPES = {
@@ -60,12 +61,13 @@ _STATUS_OF: Mapping[type[MoefitError], tuple[int, str]] = {
 
 
 class ErrorDetail(BaseModel):
-    """Error message with OpenAI's type, and the parameter and code where applicable."""
+    """Message and OpenAI's type; parameter and code where applicable; id of the request."""
 
     message: str
     type: str
     param: str | None
     code: str | None
+    request_id: str | None
 
 
 class ErrorBody(BaseModel):
@@ -151,6 +153,7 @@ def error_json(error: HTTPException) -> dict[str, Any]:
         "type": kind,
         "param": None if param is None else _printable(param, 200),
         "code": getattr(error, "code", None),
+        "request_id": current_request.get(),
     }
     return {"error": body}
 
@@ -161,7 +164,9 @@ def error_response(error: HTTPException) -> JSONResponse:
     if error.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status_code == 429:
-        headers["Retry-After"] = "1"
+        headers.setdefault("Retry-After", "1")
+    if (name := current_request.get()) is not None:
+        headers[HEADER] = name
     return JSONResponse(error_json(error), error.status_code, headers)
 
 

@@ -6,11 +6,11 @@ connections whose clients send or read too slowly.
 
 import asyncio
 import fcntl
+import logging
 import os
 import resource
 import socket
 import struct
-import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -21,15 +21,17 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moefit.errors import ConfigError
 from moefit.server.app import create_app
 from moefit.server.errors import APIError, error_response
+from moefit.server.operation.request_id import RequestIdMiddleware, current_request, sane_id
 from moefit.server.service import Service
 
+_LOG = logging.getLogger(__name__)
 _REJECTED_CONNECTIONS = 128  # excess connections that get a 503 response
 _MIN_READ_RATE = 1024  # bytes per second that a slow client must read
 _TCP_CLOSE = 7  # TCP state after the peer has reset the connection
@@ -61,9 +63,13 @@ class _Snapshot:
 def _reject_connection(most: int) -> ASGIApp:
     """Return an application that responds 503 on excess connections."""
     why = f"all {most:,} connections are in use; try again later"
-    response = error_response(APIError(503, why, code="too_many_connections"))
-    response.headers["Connection"] = "close"
-    return response
+
+    async def reject(scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(APIError(503, why, code="too_many_connections"))
+        response.headers["Connection"] = "close"
+        await response(scope, receive, send)
+
+    return RequestIdMiddleware(reject)
 
 
 class _Parser(h11.Connection):
@@ -233,7 +239,10 @@ class TimedConnection(H11Protocol):
                 f"the body has too many small pieces: after {_MAX_SMALL_PIECES:,} they must "
                 f"average {_MIN_PIECE_BYTES} bytes; send larger ones"
             )
+        token = current_request.set(sane_id(None))  # nothing that the client sent can be trusted
         response = error_response(APIError(400, msg, code=code))
+        _LOG.info("refused what is not valid HTTP: %s", msg)
+        current_request.reset(token)
         headers = [*response.raw_headers, (b"connection", b"close")]
         for event in (
             h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
@@ -367,8 +376,9 @@ def _config(service: Service) -> uvicorn.Config:
         http=protocol,
         ws="none",
         loop="asyncio",
+        log_config=None,  # `--log-json` decides where lines go
         log_level="error",
-        access_log=False,
+        access_log=False,  # RequestIdMiddleware writes these lines, with more in them
         proxy_headers=False,
         server_header=False,
         lifespan="off",
@@ -386,8 +396,9 @@ def exit_timer(seconds: float) -> threading.Timer:
     """
 
     def give_up() -> None:
-        sys.stderr.write(f"not all work ended within {seconds:g} s; exiting anyway\n")
-        sys.stderr.flush()
+        _LOG.critical("not all work ended within %g s; exiting anyway", seconds)
+        for handler in logging.getLogger().handlers:
+            handler.flush()
         os._exit(1)
 
     timer = threading.Timer(seconds, give_up)

@@ -7,6 +7,7 @@ budget of a server with a plan changes, and applies the new plan between two ste
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from threading import Lock
 from time import time
@@ -183,12 +184,12 @@ class Service:
     async def run_in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run a slow function without blocking the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, work, *arguments)
+        return await loop.run_in_executor(self._threads, _in_context(work, *arguments))
 
     async def run_admin(self, work: Callable[..., T], *arguments: object) -> T:
         """Like `run_in_thread`, on threads that requests cannot block."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._admin_threads, work, *arguments)
+        return await loop.run_in_executor(self._admin_threads, _in_context(work, *arguments))
 
     def close(self, *, wait: bool = False) -> None:
         """Stop the threads and the template process.
@@ -319,6 +320,12 @@ class Service:
         biases = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
         self._check_tokens(biases, "logit_bias")
         return tuple((token, bias) for token, bias in biases.items() if bias)
+
+
+def _in_context(work: Callable[..., T], *arguments: object) -> Callable[[], T]:
+    """Return a call with the present context variables, so that logs in threads name the request."""
+    context = copy_context()
+    return lambda: context.run(work, *arguments)
 
 
 def _first(*values: float | None) -> float:

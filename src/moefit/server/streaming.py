@@ -22,6 +22,7 @@ from moefit.engine.structured.grammar import UntriedError
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
 from moefit.server.middleware import cache_salt
 from moefit.server.openai_schema import GenerationRequest, PromptTokensDetails, Usage
+from moefit.server.operation.request_id import CLIENT_CLOSED_REQUEST, current_request
 from moefit.server.service import EngineRequest, Service
 
 
@@ -53,7 +54,10 @@ class EngineEvents:
             for number, item in enumerate(engine_requests):
                 sampling = replace(item.sampling, cache_salt=self._salt)
                 self._open[number] = self._service.engine.submit(
-                    item.prompt, sampling, wrap(partial(self._on_event, number))
+                    item.prompt,
+                    sampling,
+                    wrap(partial(self._on_event, number)),
+                    label=current_request.get(),
                 )
         except BaseException:
             self.close()
@@ -134,7 +138,6 @@ class UsageCounter:
 
 
 STREAM = "text/event-stream"
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 
 
 class ResponseBuilder(Protocol):

@@ -160,7 +160,8 @@ class RequestPrefixes:
             try:
                 self._go_on(state)
             except BaseException as error:  # noqa: BLE001 - such as out of memory
-                _LOG.exception("request %s could not take over a prefix", name)
+                words = "request %s could not take over a prefix"
+                _LOG.exception(words, state.label, extra=state.log_fields())
                 state.finish("error", f"{type(error).__name__}: {error}")
 
     def _go_on(self, state: RequestState) -> None:
