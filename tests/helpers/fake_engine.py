@@ -109,9 +109,12 @@ class FakeEngine:
 
     def cancel(self, request_id: str) -> None:
         with self._changed:
-            if self._going.pop(request_id, None) is not None:
+            if (going := self._going.pop(request_id, None)) is not None:
                 self.cancelled.append(request_id)
             self._changed.notify_all()
+        if going is not None:
+            end = FinishedEvent(reason="cancelled", prompt_tokens=1, completion_tokens=0)
+            going[1](end)
 
     def stats(self) -> EngineStats:
         return EngineStats(

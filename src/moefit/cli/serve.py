@@ -1,7 +1,7 @@
 """The command `serve`: a model over HTTP."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import count
@@ -49,9 +49,10 @@ from moefit.serve.outgrown import Backlog, size_line, slow_line, subject_of, unf
 from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
 from moefit.server.operation.json_log import log_json
+from moefit.server.operation.keys import readable_by_others
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
-from moefit.signals import stop_on_signal
+from moefit.signals import HangUp, note_hangups, stop_on_signal
 
 
 class PrefixCacheName(StrEnum):
@@ -126,6 +127,14 @@ class ServerOptions:
     api_key: Annotated[
         str | None,
         option("Key that clients must send; prefer the variable, which ps does not show."),
+    ] = None
+    keys_file: Annotated[
+        Path | None,
+        advanced(
+            "YAML file with further keys, their names and limits; read again when it changes, and "
+            "on SIGHUP.",
+            dir_okay=False,
+        ),
     ] = None
     served_model_name: Annotated[
         str | None, advanced("Name of the model in the API. Default: MODEL.")
@@ -263,12 +272,13 @@ class ServerOptions:
         return FollowSettings(follows=follows, least=least, most=most, headroom=free)
 
     def server(self, model: str) -> ServerSettings:
-        """Return the settings of the HTTP server. Raises ConfigError for an invalid key."""
+        """Return the settings of the HTTP server. Raises ConfigError for invalid keys."""
         server = ServerSettings(
             name=self.served_model_name or public_name(model),
             host=self.host,
             port=self.port,
             api_key=self.api_key,
+            keys_file=None if self.keys_file is None else self.keys_file.expanduser(),
             origins=tuple(self.cors_origin or ()),
             chat_tokens=self.chat_tokens,
             tool_parser=self.tool_parser,
@@ -362,14 +372,16 @@ def _serve(
             if follow.follows and service.follower is not None:
                 service.follower.resume()
             subject = subject_of(model, folder_of(model))
+            backlog = Backlog(subject)
             if line := size_line(subject, served.budget.all_resident_bytes, total_bytes()):
                 say(line)
-            _run(
-                running,
-                engine,
-                lambda: _announce(engine, settings, url, monotonic() - began),
-                Backlog(subject),
-            )
+            with note_hangups() if service.keys.path else nullcontext() as hangup:
+                _run(
+                    running,
+                    engine,
+                    lambda: _announce(service, url, monotonic() - began),
+                    lambda: _each_second(service, backlog, hangup),
+                )
 
 
 @contextmanager
@@ -400,8 +412,20 @@ def _starts_warm(served: ServedModel, warm_start: bool | None) -> bool:
     return warm_start
 
 
+def _each_second(service: Service, backlog: Backlog, hangup: HangUp | None) -> None:
+    """Say when requests outgrow the machine, and read the file of keys again if it has changed."""
+    load = service.engine.stats()
+    if line := backlog.observe(monotonic(), load.waiting, load.tokens_per_second):
+        say(line)
+    if (hangup is not None and hangup.take()) or service.keys.changed():
+        say(service.keys.reload())
+
+
 def _run(
-    running: HttpServer, engine: Engine, announce: Callable[[], None], backlog: Backlog
+    running: HttpServer,
+    engine: Engine,
+    announce: Callable[[], None],
+    each_second: Callable[[], None],
 ) -> None:
     """Serve until a signal arrives, or the engine or HTTP server fails."""
 
@@ -409,9 +433,7 @@ def _run(
 
     def ends() -> bool:
         if next(polls) % 10 == 0:  # once a second
-            load = engine.stats()
-            if line := backlog.observe(monotonic(), load.waiting, load.tokens_per_second):
-                say(line)
+            each_second()
         return request.received is not None or engine.failure is not None
 
     try:
@@ -475,7 +497,8 @@ def _drain(running: HttpServer, signal: str) -> None:
         say("not all ended within --drain-seconds; cancelling the rest")
 
 
-def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float) -> None:
+def _announce(service: Service, url: str, seconds: float) -> None:
+    engine, settings = service.engine, service.settings
     limits = engine.settings
     say(
         f"serving {settings.name!r}, ready after {seconds:.1f} s: "
@@ -491,9 +514,12 @@ def _announce(engine: Engine, settings: ServerSettings, url: str, seconds: float
             f"prefixes survive a restart in {engine.settings.prefix_folder}: "
             f"{format_bytes(files.bytes)} of {format_bytes(files.limit)} now"
         )
-    key = "with the key" if settings.api_key else "no key"
+    number = len(service.keys.all)
+    key = ("no key", "with the key")[number] if number < 2 else f"with one of {number} keys"
     say(f"API at {url}/v1 ({key}), page at {url}/, metrics at {url}/metrics")
-    if settings.api_key is None and not is_loopback(settings.host):
+    if (path := settings.keys_file) is not None and readable_by_others(path):
+        say(f"note: all users of this machine can read the keys in {path}; chmod 600 it")
+    if not settings.keyed and not is_loopback(settings.host):
         say(
             f"note: anyone who reaches {settings.host} can use this server and change its budget; "
             "give --api-key"

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Response
+from fastapi import APIRouter, Body, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
@@ -40,6 +40,7 @@ from moefit.server.openai_schema import (
     TokenizerInfo,
     VersionResponse,
 )
+from moefit.server.operation.request_id import client_of
 from moefit.server.service import Service
 
 _COUNTERS = (
@@ -422,6 +423,18 @@ def _restore_mode(served: ServedModel, before: Policy) -> None:
     served.set_mode(before.mode, prefill=before.prefill, bound=before.bound)
 
 
+def require_operator(request: Request) -> None:
+    """Raise APIError unless the client may steer the server."""
+    client = client_of(request.scope)
+    if not client.operator:
+        raise APIError(
+            403,
+            f"the key {client.key!r} may not change this server; use --api-key's, or one with "
+            "`operator: true` in the file of keys",
+            code="not_operator",
+        )
+
+
 def model_card(service: Service) -> ModelCard:
     """Return the description of the served model."""
     return ModelCard(
@@ -546,11 +559,12 @@ def memory_router(service: Service) -> APIRouter:
         return await service.run_admin(memory_state, service)
 
     @routes.post("/v1/memory")
-    async def set_memory(body: Annotated[MemoryRequest, Body()]) -> MemoryState:
+    async def set_memory(body: Annotated[MemoryRequest, Body()], request: Request) -> MemoryState:
         """Change budget and mode while requests run; responds when the change is in force.
 
         A server started with a plan replans if only the budget changes.
         """
+        require_operator(request)
         return await service.run_admin(apply_change, service, body)
 
     return routes

@@ -102,7 +102,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(PanicMiddleware)
     bodies = BodyBudget(settings.bodies_bytes)
     app.add_middleware(BodyLimitMiddleware, bodies=bodies, max_body_size=settings.body_bytes)
-    app.add_middleware(AccessMiddleware, settings=settings)
+    app.add_middleware(AccessMiddleware, settings=settings, keys=service.keys)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -90,12 +90,20 @@ class APIError(HTTPException):
         message: What was given, why it is rejected, and what works.
         param: Name of the parameter.
         code: Machine-readable code.
+        retry_after: Seconds after which the request may succeed.
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ):
-        super().__init__(status, message)
+        headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(status, message, headers)
         self.param, self.code = param, code
 
 

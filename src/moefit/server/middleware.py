@@ -5,17 +5,18 @@ in memory.
 """
 
 import hashlib
-import hmac
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moefit.errors import ConfigError
 from moefit.host import is_loopback
 from moefit.server.errors import APIError, error_response
+from moefit.server.operation.keys import Keys, check_key, read_keys
+from moefit.server.operation.request_id import Client, set_client
 from moefit.server.tools.dialect import dialect_of
 
 
@@ -99,6 +100,7 @@ class ServerSettings:
         host: Address to listen on.
         port: Port to listen on; 0 selects a free one.
         api_key: Key that clients must send, if any.
+        keys_file: File with further keys, if any.
         origins: Origins of other web pages that may send requests.
         answers: Choices per request at most: n times the number of prompts.
         logprobs: Log-probabilities per request at most; each takes some 150 bytes until it is sent.
@@ -118,6 +120,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    keys_file: Path | None = None
     origins: tuple[str, ...] = ()
     answers: int = 128
     logprobs: int = 1 << 19
@@ -134,18 +137,15 @@ class ServerSettings:
     def check(self) -> None:
         """Raise ConfigError for an API key that cannot be sent, or an unknown parser."""
         dialect_of(None, "", self.tool_parser, self.reasoning_parser)
-        key = self.api_key
-        if key == "":
-            raise ConfigError(
-                "the key (--api-key) is empty and would admit everyone; give one, such as the "
-                "output of `openssl rand -hex 16`, or omit the option"
-            )
-        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-            raise ConfigError(
-                "the key (--api-key, MOEFIT_API_KEY) has spaces, control characters or letters "
-                "beyond ASCII, which clients encode differently; give another, such as the "
-                "output of `openssl rand -hex 16`"
-            )
+        if self.api_key is not None:
+            check_key(self.api_key, "the key (--api-key, MOEFIT_API_KEY)")
+        if self.keys_file is not None:
+            read_keys(self.keys_file)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether clients must send a key."""
+        return self.api_key is not None or self.keys_file is not None
 
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -162,22 +162,15 @@ def is_public(path: str) -> bool:
     return path in ("/", "/health") or path.startswith("/page/")
 
 
-def is_valid_key(key: str, authorization: str | None) -> bool:
-    """Return whether the Authorization header has this key, in constant time."""
-    scheme, _, given = (authorization or "").partition(" ")
-    same = hmac.compare_digest(given.strip().encode(), key.encode())
-    return scheme.lower() == "bearer" and same
-
-
 def cache_salt(settings: ServerSettings, headers: Headers, given: str | None) -> str:
     """Return what requests must share to reuse each other's keys and values.
 
     Args:
-        settings: If they have a key, clients with different keys share nothing.
+        settings: If they have keys, clients with different keys share nothing.
         headers: Of the request.
         given: Its `cache_salt`, if any.
     """
-    key = "" if settings.api_key is None else headers.get("authorization", "")
+    key = headers.get("authorization", "") if settings.keyed else ""
     if not key and given is None:
         return ""
     return hashlib.sha256(repr((key.partition(" ")[2].strip(), given)).encode()).hexdigest()
@@ -222,9 +215,17 @@ def is_allowed_origin(origin: str | None, host: str | None, allowed: Collection[
 
 
 def check_request(
-    method: str, path: str, headers: Headers, settings: ServerSettings
+    method: str, path: str, headers: Headers, settings: ServerSettings, client: Client | None
 ) -> APIError | None:
-    """Return the error for a request that must be rejected before its body is read, or None."""
+    """Return the error for a request that must be rejected before its body is read, or None.
+
+    Args:
+        method: Its method.
+        path: Its path.
+        headers: Its headers.
+        settings: The server's.
+        client: Who sent it; None without a valid key.
+    """
     host, origin = headers.get("host"), headers.get("origin")
     if not is_allowed_host(settings.host, host):
         return APIError(
@@ -239,12 +240,7 @@ def check_request(
             "web pages of other origins may not use this server; allow one with --cors-origin",
             code="wrong_origin",
         )
-    key = settings.api_key
-    if (
-        key is not None
-        and not is_public(path)
-        and not is_valid_key(key, headers.get("authorization"))
-    ):
+    if client is None and not is_public(path):
         return APIError(
             401, "send the server's API key: Authorization: Bearer KEY", code="wrong_key"
         )
@@ -257,8 +253,8 @@ def check_request(
 class AccessMiddleware:
     """Reject requests that `check_request` does not allow, and add security headers."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings):
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: ServerSettings, keys: Keys):
+        self._app, self._settings, self._keys = app, settings, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -273,8 +269,10 @@ class AccessMiddleware:
                     headers.setdefault(name, value)
             await send(message)
 
-        refused = check_request(
-            scope["method"], scope["path"], Headers(scope=scope), self._settings
-        )
+        headers = Headers(scope=scope)
+        client = self._keys.client(headers.get("authorization"))
+        if client is not None:
+            set_client(scope, client)
+        refused = check_request(scope["method"], scope["path"], headers, self._settings, client)
         app = self._app if refused is None else error_response(refused)
         await app(scope, receive, send_with_headers)

@@ -24,9 +24,11 @@ from moefit.plan.plan_file import Plan
 from moefit.plan.search import SLACK
 from moefit.serve.memory.follow import BudgetFollower
 from moefit.server.errors import APIError, naming
-from moefit.server.metrics import ModelCollector, Telemetry
+from moefit.server.metrics import PREFIX, ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
+from moefit.server.operation.keys import Keys
+from moefit.server.operation.limits import KeyCollector, KeyLimits
 from moefit.server.structured.trials import GrammarTrials
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
 from moefit.server.tools.dialect import Dialect, dialect_of
@@ -138,6 +140,8 @@ class Service:
         follower: Lets the budget follow free memory, on a CPU without a plan.
         engine: The engine.
         settings: Server settings.
+        keys: API keys in force.
+        limits: What they allow and have used.
         grammars: Grammars of requests that are compiled.
         trials: Compiles new ones.
     """
@@ -162,6 +166,11 @@ class Service:
         self.telemetry = Telemetry(settings.name)
         self.telemetry.registry.register(
             ModelCollector(settings.name, engine.stats, engine.served.report)
+        )
+        self.keys = Keys(settings.api_key, settings.keys_file)
+        self.limits = KeyLimits(self.keys)
+        self.telemetry.registry.register(
+            KeyCollector(settings.name, self.limits, self.keys, PREFIX)
         )
         self.draining = False
         self.live_plan: LivePlan | None = None  # if the server was started with a plan
@@ -323,7 +332,7 @@ class Service:
 
 
 def _in_context(work: Callable[..., T], *arguments: object) -> Callable[[], T]:
-    """Return a call with the present context variables, so that logs in threads name the request."""
+    """Return a call with the present context variables: logs in threads name the request too."""
     context = copy_context()
     return lambda: context.run(work, *arguments)
 

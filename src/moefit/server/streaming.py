@@ -22,7 +22,11 @@ from moefit.engine.structured.grammar import UntriedError
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
 from moefit.server.middleware import cache_salt
 from moefit.server.openai_schema import GenerationRequest, PromptTokensDetails, Usage
-from moefit.server.operation.request_id import CLIENT_CLOSED_REQUEST, current_request
+from moefit.server.operation.request_id import (
+    CLIENT_CLOSED_REQUEST,
+    client_of,
+    current_request,
+)
 from moefit.server.service import EngineRequest, Service
 
 
@@ -48,7 +52,15 @@ class EngineEvents:
         self._watch: asyncio.Task[None] | None = None
 
     async def submit(self, engine_requests: Sequence[EngineRequest]) -> None:
-        """Submit all requests to the engine; if one is rejected, cancel the others."""
+        """Submit all requests to the engine; if one is rejected, cancel the others.
+
+        Raises:
+            APIError: If they exceed the limits of the client's key.
+            MoefitError: If the engine rejects one.
+        """
+        tokens = sum(len(item.prompt) for item in engine_requests)
+        key = client_of(self._request.scope).key
+        reserved = self._service.limits.reserve(key, len(engine_requests), tokens)
         wrap = self._service.telemetry.wrap_listener
         try:
             for number, item in enumerate(engine_requests):
@@ -56,10 +68,11 @@ class EngineEvents:
                 self._open[number] = self._service.engine.submit(
                     item.prompt,
                     sampling,
-                    wrap(partial(self._on_event, number)),
+                    wrap(reserved.listener(partial(self._on_event, number))),
                     label=current_request.get(),
                 )
         except BaseException:
+            reserved.release_unused(refused=1)
             self.close()
             raise
         self._watch = asyncio.create_task(self._watch_disconnect())
@@ -179,6 +192,7 @@ async def respond(
         APIError: If the request is rejected.
     """
     builder.check()
+    service.limits.check(client_of(request.scope).key)
     engine_events = EngineEvents(service, request, body.cache_salt)
     await engine_events.submit(await _engine_requests(service, builder))
     if body.stream:
