@@ -37,7 +37,7 @@ from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes, part_l
 from moefit.serve.memory.estimate import InitialFormats, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
-from moefit.serve.prediction.prefetch import PREGATED
+from moefit.serve.prediction.prefetch import PREGATED, PROBES
 from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
@@ -136,6 +136,10 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
         say("pre-gated: the experts of each layer are read while the layer before is computed")
     elif obstacle and options.prefetch is not PrefetchName.off:
         say(f"note: --prefetch {options.prefetch.value} has no effect: {obstacle}")
+    elif served.prefetching.predictor is not None:
+        say(prediction_line(served.report()["prefetch"]))
+    if ignored := served.prefetching.probes.ignored:
+        say(f"note: {ignored}")
     if trained := dropout_line(dropout_record(served.model.config), served.policy.mode):
         say(trained)
     for remark in served.report()["packed_ignored"][:3]:
@@ -146,6 +150,28 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {options.to_pack}{dtype}"
         )
+
+
+def prediction_line(prefetch: Mapping[str, Any]) -> str:
+    """Say what predicts the experts that are read early.
+
+    >>> about = {"text": "a.txt", "number": 15, "bytes": 4 << 20, "recall": 0.9,
+    ...     "next_router_recall": 0.8}
+    >>> prediction_line({"predictor": "probes", "probes": about})
+    'prefetching: 15 probes fitted on a.txt (4.00 MiB) find 90% of the experts, the next router 80%'
+    >>> prediction_line({"predictor": "next router", "probes": None})
+    "prefetching: the next layer's router predicts experts; `moefit pack --probes` fits probes"
+    """
+    about = prefetch["probes"]
+    if prefetch["predictor"] != PROBES:
+        hint = "" if about else "; `moefit pack --probes` fits probes"
+        return f"prefetching: the next layer's router predicts experts{hint}"
+    found, routers = about["recall"], about["next_router_recall"]
+    line = f"prefetching: {about['number']} probes fitted on {about['text']} ("
+    line += f"{format_bytes(about['bytes'])})"
+    if found is not None:
+        line += f" find {found:.0%} of the experts"
+    return line if routers is None else f"{line}, the next router {routers:.0%}"
 
 
 def dropout_line(record: ExpertDropoutRecord | None, mode: str | None = None) -> str:

@@ -85,6 +85,7 @@ from moefit.serve.memory.estimate import initial_formats, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import open_packed
 from moefit.serve.prediction.guesses import TRIAL_STEPS
+from moefit.serve.prediction.probes import DEPTHS
 
 _SEED_0 = SamplingOptions(seed=0)
 _PARTS = {
@@ -491,7 +492,7 @@ def _predict(
     as_json: bool,
 ) -> None:
     """Print how well the experts of later layers are predicted on a text."""
-    with load_served(model, options, **how, prefetch="on") as served:
+    with load_served(model, options, **how, prefetch="on", probe_depth=DEPTHS) as served:
         ids_T = read_text(text, served.tokenizer, options.context, None).ids_T[:tokens]
         with progress_bar("decoding") as show:
             report = measure_prediction(

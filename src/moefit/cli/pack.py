@@ -35,6 +35,8 @@ from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText
 from moefit.serve.packed.kept import KINDS, Entry, entries, find, remove, remove_leftovers, unneeded
+from moefit.serve.prediction.fit_probes import ProbeResult, fit_probes, refuse_unpredictable
+from moefit.serve.prediction.probes import DEPTHS
 
 _FORMATS = [name for name, format in FORMATS.items() if format.is_encoded]
 _DEFAULT = "int8,int4"
@@ -52,7 +54,7 @@ def pack_model(
         str | None,
         option(
             f"Formats, separated by commas: {', '.join(_FORMATS)}. Default: "
-            f"{_DEFAULT}, or with --check all that are packed."
+            f"{_DEFAULT}, with --check all that are packed, and with --probes none."
         ),
     ] = None,
     dtype: DtypeOption = None,
@@ -68,6 +70,13 @@ def pack_model(
     memory: Annotated[
         str | None, option("With --text: memory budget while calibrating. Default: no limit.")
     ] = None,
+    probes: Annotated[
+        bool,
+        option(
+            "With --text: fit probes on it, which predict experts for --prefetch (minutes).",
+            "--probes",
+        ),
+    ] = False,
     check: Annotated[bool, option("Verify packed files.", "--check")] = False,
     force: Annotated[bool, option("Encode again what is packed already.", "--force")] = False,
     as_json: Json = False,
@@ -82,18 +91,68 @@ def pack_model(
             "--memory limits calibration on a text, and none is given; packing itself holds one "
             "expert at a time; leave it out, or give --text"
         )
-    chosen = _formats(formats if formats is not None or check else _DEFAULT)
+    if probes and text is None:
+        raise ConfigError(
+            "--probes are fitted on a text, and none is given; give --text FILE with one like that "
+            "to be served"
+        )
+    chosen = _formats(formats if formats is not None or check or probes else _DEFAULT)
     skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
     if check:
         _check(skeleton, chosen, as_json=as_json)
         return
-    assert chosen is not None
+    if probes:
+        refuse_unpredictable(skeleton)
     calibration = None if text is None else _calibration(skeleton, text, tokens, context, memory)
-    made = _pack(skeleton, chosen, calibration, force=force)
-    if as_json:
-        print_json(made.as_dict())
-    else:
+    made = None if chosen is None else _pack(skeleton, chosen, calibration, force=force)
+    if made is not None and not as_json:
         _say_result(made)
+    fitted = None
+    if probes:
+        assert calibration is not None
+        fitted = fit_model_probes(skeleton, calibration, force=force, quiet=as_json)
+    if as_json:
+        found = {} if fitted is None else {"probes": fitted.as_dict()}
+        print_json(({} if made is None else made.as_dict()) | found)
+
+
+def fit_model_probes(
+    skeleton: Skeleton, text: CalibrationText, *, force: bool = False, quiet: bool = False
+) -> ProbeResult:
+    """Fit probes with progress bars, and say how well they predict.
+
+    Args:
+        skeleton: The model.
+        text: To fit on.
+        force: Fit again what was fitted on this text already.
+        quiet: Say nothing at the end.
+    """
+    with _bars() as bars:
+        fitted = fit_probes(
+            skeleton,
+            text,
+            force=force,
+            reading=bars("reading", lambda windows: f"{windows} windows"),
+            fitting=bars("fitting probes", lambda blocks: f"{blocks} layers"),
+        )
+    if not quiet:
+        say(_probes_line(fitted))
+    return fitted
+
+
+def _probes_line(fitted: ProbeResult) -> str:
+    about, recalls = fitted.metadata, []
+    for ahead in range(1, DEPTHS + 1):
+        probes, routers = about.mean_recalls(ahead)
+        if probes is not None:
+            against = "" if routers is None else f" ({routers:.0%} by the later router)"
+            recalls.append(f"{ahead} ahead {probes:.0%}{against}")
+    better = f"; recall {', '.join(recalls)}" if recalls else ""
+    did = "exist already" if fitted.skipped else f"written in {fitted.seconds:.1f} s"
+    return (
+        f"{len(about.recalls)} probes, {format_bytes(fitted.nbytes)}, fitted on "
+        f"{about.tokens:,} tokens of {about.text}, {did}: {fitted.path}{better}"
+    )
 
 
 def _pack(

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from moefit.api import folder_of
 from moefit.checkpoint.tokenizer import read_tokenizer
@@ -32,6 +32,7 @@ from moefit.cli.options import (
     TextFile,
     torch_dtype,
 )
+from moefit.cli.pack import fit_model_probes
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
@@ -46,6 +47,8 @@ from moefit.plan.reference import read_windows
 from moefit.plan.search import PlanConstraints, Point
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import parse_bytes
+from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.prediction.fit_probes import refuse_unpredictable
 
 
 @command("profile")
@@ -63,11 +66,17 @@ def profile_model(
     again: Annotated[
         bool, option("Repeat timings, for example if the machine was busy.", "--again")
     ] = False,
+    probes: Annotated[
+        bool,
+        option("Also fit probes on the text, which predict experts for --prefetch.", "--probes"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Skip what was measured before, so that an interrupted run resumes."""
     folder = folder_of(model)
     skeleton = build_skeleton(folder, torch_dtype(dtype))
+    if probes:
+        refuse_unpredictable(skeleton)
     windows = read_windows(skeleton.model, text, read_tokenizer(folder), context, tokens)
     profiler = Profiler(
         MeasuredModel(folder=folder, dtype=torch_dtype(dtype), rule=rule, device=device),
@@ -77,8 +86,17 @@ def profile_model(
     )
     with progress_bar("profiling") as progress:
         profile = profiler.run(progress, again=again)
+    fitted: dict[str, Any] = {}
+    if probes:
+        on = CalibrationText(
+            text=text.name if text else "held-out standard library",
+            digest=windows.digest,
+            windows=windows,
+            memory=None if memory is None else parse_bytes(memory),
+        )
+        fitted = {"probes": fit_model_probes(skeleton, on, quiet=as_json).as_dict()}
     if as_json:
-        print_json({"path": str(profiler.path), "items": dict(profile.items)})
+        print_json({"path": str(profiler.path), "items": dict(profile.items)} | fitted)
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
     say(f"next: moefit plan {shlex.quote(model)} --memory SIZE")

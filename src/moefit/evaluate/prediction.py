@@ -22,6 +22,7 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.model import ServedModel
 from moefit.serve.prediction.guesses import Confidence, margins
 from moefit.serve.prediction.next_router import Predictor
+from moefit.serve.prediction.probes import Probes
 
 MOST_AHEAD = 4  # layers
 CONFIDENT = 0.5  # probability above which precision is reported
@@ -74,6 +75,10 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+ByDistance = Mapping[int, Mapping[int, PredictionScore]]
+"""Scores by number of layers ahead, and by layer."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictionReport:
     """How well experts are predicted.
@@ -82,22 +87,23 @@ class PredictionReport:
         tokens: Tokens that were decoded.
         slots: Slots of all layers.
         experts: Experts of all layers.
-        layers: By number of layers ahead, the score of each layer that can be predicted.
+        layers: By number of layers ahead, the score of each layer that its router can predict.
         baselines: By name, the score over all layers.
+        probes: As `layers`, by trained probes; empty without them.
+        probes_text: Name of the text that they were fitted on.
     """
 
     tokens: int
     slots: int
     experts: int
-    layers: Mapping[int, Mapping[int, PredictionScore]]
+    layers: ByDistance
     baselines: Mapping[str, PredictionScore]
+    probes: ByDistance = field(default_factory=dict)
+    probes_text: str = ""
 
     def total(self, ahead: int) -> PredictionScore:
         """Return the score over all layers that can be predicted so many layers ahead."""
-        sum_of = PredictionScore()
-        for score in self.layers[ahead].values():
-            sum_of.add(score)
-        return sum_of
+        return total(self.layers[ahead])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -106,15 +112,29 @@ class PredictionReport:
             "slots": self.slots,
             "experts": self.experts,
             "confidence": CONFIDENT,
-            "ahead": {
-                str(ahead): {
-                    "all": self.total(ahead).as_dict(),
-                    "layers": {str(at): one.as_dict() for at, one in layers.items()},
-                }
-                for ahead, layers in self.layers.items()
-            },
+            "ahead": _distances(self.layers),
+            "probes": _distances(self.probes),
+            "probes_text": self.probes_text,
             "baselines": {name: one.as_dict() for name, one in self.baselines.items()},
         }
+
+
+def total(layers: Mapping[int, PredictionScore]) -> PredictionScore:
+    """Return the score over several layers."""
+    sum_of = PredictionScore()
+    for score in layers.values():
+        sum_of.add(score)
+    return sum_of
+
+
+def _distances(found: ByDistance) -> dict[str, Any]:
+    return {
+        str(ahead): {
+            "all": total(layers).as_dict(),
+            "layers": {str(at): one.as_dict() for at, one in layers.items()},
+        }
+        for ahead, layers in found.items()
+    }
 
 
 @dataclass(slots=True)
@@ -132,6 +152,24 @@ class _Layer:
     last: Collection[int] = ()
     counts: list[int] = field(default_factory=list)
     guesses: list[_Guess] = field(default_factory=list)
+
+
+class _All:
+    """Several watchers of the same steps."""
+
+    def __init__(self, meters: Sequence["PredictionMeter"]):
+        self._meters = meters
+
+    def chosen(self, block: int, routing: Routing) -> None:
+        for one in self._meters:
+            one.chosen(block, routing)
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        for one in self._meters:
+            one.read(block, x_TD)
+
+    def computed(self, block: int) -> None:
+        pass
 
 
 class PredictionMeter:
@@ -181,6 +219,10 @@ class PredictionMeter:
 
     def computed(self, block: int) -> None:
         """Nothing is measured at the end of a layer."""
+
+    def found(self) -> ByDistance:
+        """Return the scores of what could be predicted."""
+        return {ahead: one for ahead, one in self.scores.items() if one}
 
     def _count(
         self, block: int, guess: _Guess, chosen: Collection[int], missing: Collection[int]
@@ -262,8 +304,11 @@ def measure_prediction(
         raise DataError(
             f"the text has {len(ids_T)} tokens, and prediction begins after {_PROMPT}; give more"
         )
-    meter, done = PredictionMeter(list(served.blocks.values()), predictor), 0
-    with served.watched(meter):
+    by_probes = isinstance(predictor, Probes)
+    first = served.prefetching.routers or predictor
+    blocks, done = list(served.blocks.values()), 0
+    meters = [PredictionMeter(blocks, one) for one in (first, *([predictor] * by_probes))]
+    with served.watched(_All(meters)):
         for ids_L in ids_T.split(window):
             if len(ids_L) <= _PROMPT:
                 continue
@@ -278,6 +323,8 @@ def measure_prediction(
         tokens=total,
         slots=sum(report["slots"].values()),
         experts=sum(report["experts"].values()),
-        layers={ahead: one for ahead, one in meter.scores.items() if one},
-        baselines=meter.baselines,
+        layers=meters[0].found(),
+        baselines=meters[0].baselines,
+        probes=meters[1].found() if by_probes else {},
+        probes_text=(served.prefetching.probes.as_dict() or {}).get("text", ""),
     )

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefit.evaluate.perplexity import Score
-from moefit.evaluate.prediction import CONFIDENT, PredictionReport, PredictionScore
+from moefit.evaluate.prediction import CONFIDENT, PredictionReport, PredictionScore, total
 from moefit.evaluate.stepwise import StepScore
 
 
@@ -70,17 +70,20 @@ def prediction_tables(report: PredictionReport, model: str) -> list[Table]:
         f"{model}: prediction of the next layer's experts over {report.tokens:,} tokens, "
         f"{report.slots:,} slots for {report.experts:,} experts"
     )
+    if report.probes:
+        title += f", by probes fitted on {report.probes_text}"
     by_layer = _prediction_table("layer", title)
-    for layer, score in report.layers.get(1, {}).items():
+    for layer, score in (report.probes or report.layers).get(1, {}).items():
         by_layer.add_row(str(layer), *_prediction_row(score))
     by_distance = _prediction_table("all layers", "by distance, and without the state")
     by_distance.caption = (
         f"precision: of guesses with a confidence of {CONFIDENT:.0%}; missing: chosen and not in "
         "memory; found: of these among the K first, and guessed with that confidence"
     )
-    for ahead in report.layers:
-        name = f"router, {ahead} layer{'s' * (ahead > 1)} ahead"
-        by_distance.add_row(name, *_prediction_row(report.total(ahead)))
+    for what, found in (("router", report.layers), ("probe", report.probes)):
+        for ahead, layers in found.items():
+            name = f"{what}, {ahead} layer{'s' * (ahead > 1)} ahead"
+            by_distance.add_row(name, *_prediction_row(total(layers)))
     for name, score in report.baselines.items():
         by_distance.add_row(name, *_prediction_row(score))
     return [by_layer, by_distance]

@@ -209,6 +209,8 @@ class LoadSettings:
         adapter: Folder of a LoRA adapter (PEFT), which is merged into dense weights.
         prefetch: Whether exact mode reads the experts that the next layer is predicted to choose:
             `off`, `on`, or `auto` for as long as steps are measured to be faster with it.
+        probe_depth: How many layers ahead trained probes are held for, if the model has any;
+            prefetching uses those of the next layer, and up to 4 can be measured.
     """
 
     memory: str | int | None = None
@@ -233,6 +235,7 @@ class LoadSettings:
     generation_config: str = AUTO
     adapter: str | Path | None = None
     prefetch: Prefetch = "off"
+    probe_depth: int = 1
 
     def check(self) -> None:
         """Raise ConfigError for an invalid value."""
@@ -255,7 +258,7 @@ class LoadSettings:
         self.formats()  # raises for unknown names
         self.dense_format()
         self._check_policies()
-        for name in ("context", "readers", "sequences"):
+        for name in ("context", "readers", "sequences", "probe_depth"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
         if self.host_memory is not None and planned_device(self.device).type == "cpu":

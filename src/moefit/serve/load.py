@@ -48,6 +48,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
 from moefit.serve.precision.upgrades import Upgrades
+from moefit.serve.prediction.probes import find_probes
 from moefit.serve.report import ServedParts
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +83,8 @@ def load_model(
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter)
     packed = open_packed(skeleton, _formats_to_encode(settings))
-    budget = memory_budget(skeleton, settings, packed)
+    probes = find_probes(skeleton, settings)
+    budget = memory_budget(skeleton, settings, packed, probes.nbytes)
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
     with ExitStack() as undo:
@@ -98,7 +100,7 @@ def load_model(
             undo.callback(served.host_computing.close, list(served.blocks.values()))
         if settings.mode == "virtual":
             served.hold_first_experts()
-        served.start_prefetching(settings)
+        served.start_prefetching(settings, probes)
         if settings.precision == AUTO_PRECISION:
             ladders = {block.name: ladders_of(block, packed) for block in skeleton.blocks}
             served.start_upgrades(
@@ -180,7 +182,7 @@ def _load_parts(
         host_cache=host_cache,
         shared=shared,
         placement_budget=PlacementBudget(
-            folder, settings, budget.process, budget.tokenizer, packed
+            folder, settings, budget.process, budget.tokenizer, packed, budget.probes
         ),
         int8_cache=settings.int8_cache,
         hooks=(*attach_hooks(model, blocks), *follow_rules(model, blocks)),

@@ -31,6 +31,7 @@ from moefit.serve.memory.budget import MemoryBudget, parse_bytes
 from moefit.serve.memory.estimate import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.prediction.prefetch import Prefetching, start_prefetching
+from moefit.serve.prediction.probes import NO_PROBES, FoundProbes
 from moefit.serve.report import BlockView, ServedParts, report_of, view_of
 
 
@@ -261,14 +262,18 @@ class ServedModel:
             if all(one.slot_table.num_slots == one.num_experts for one in self.blocks.values()):
                 upgrades.fill(progress)
 
-    def start_prefetching(self, settings: LoadSettings) -> None:
+    def start_prefetching(self, settings: LoadSettings, probes: FoundProbes = NO_PROBES) -> None:
         """Prefetch in exact mode as the settings say; `prefetching` tells whether it does.
 
         Runs one short pass of the model, so that no request may be running.
+
+        Args:
+            settings: With which the model was loaded.
+            probes: What was found of its probes.
         """
         with self.zero_experts():
             self.prefetching = start_prefetching(
-                self.model, self.blocks, self._shared, settings, self._context()
+                self.model, self.blocks, self._shared, settings, self._context(), probes
             )
 
     def start_host_side(self, name: str) -> None:

@@ -208,6 +208,46 @@ class SpeculationState(BaseModel):
     plain_steps: int
 
 
+class ProbesState(BaseModel):
+    """Probes that predict experts, and how well they did on text that they were not fitted on.
+
+    Attributes:
+        text: Name of the text that they were fitted on.
+        tokens: Its tokens.
+        number: Of the probes in memory.
+        bytes: Their size, a part of the budget's `weights`.
+        recall: Share of the next layer's experts that they found; null if there are none.
+        next_router_recall: The same of the next layer's router.
+    """
+
+    text: str
+    tokens: int
+    number: int
+    bytes: int
+    recall: float | None
+    next_router_recall: float | None
+
+
+class PrefetchState(BaseModel):
+    """Whether exact mode reads experts early, and what predicts them.
+
+    Attributes:
+        setting: Of `--prefetch`; `pregated` for models that know their next experts.
+        obstacle: Why nothing is read early now; may be empty.
+        pays: Whether it was measured to be faster; null where it is not measured.
+        predictor: `probes`, `next router` or `pregated`; null if nothing predicts.
+        probes: Trained predictors; null if there are none.
+        probes_ignored: Why a file of probes is not used; may be empty.
+    """
+
+    setting: str
+    obstacle: str
+    pays: bool | None
+    predictor: str | None
+    probes: ProbesState | None
+    probes_ignored: str
+
+
 class MemoryState(BaseModel):
     """State of the memory. Sizes are in bytes.
 
@@ -222,6 +262,7 @@ class MemoryState(BaseModel):
         kv_tokens: Tokens that the KV cache holds.
         prefix_cache: Keys and values that requests reuse.
         speculation: Drafted tokens.
+        prefetch: Experts that are predicted and read early.
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
         invariance: Whether answers depend on other requests.
@@ -250,6 +291,7 @@ class MemoryState(BaseModel):
     kv_tokens_used: int
     prefix_cache: PrefixCacheState
     speculation: SpeculationState
+    prefetch: PrefetchState
     blocks: list[BlockView]
     requests: Requests
     tokens_per_second: float
@@ -284,6 +326,7 @@ def memory_state(service: Service) -> MemoryState:
         kv_tokens_used=stats.kv_tokens_used,
         prefix_cache=_prefix_cache(engine.prefix_coverage, stats, budget["kv_cache"]),
         speculation=_speculation(engine.speculation_coverage, stats),
+        prefetch=PrefetchState(**report["prefetch"]),
         blocks=engine.served.views(),
         requests=Requests(running=stats.running, waiting=stats.waiting),
         tokens_per_second=stats.tokens_per_second,

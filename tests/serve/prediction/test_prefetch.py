@@ -246,7 +246,8 @@ def test_another_budget_begins_a_new_trial(folders) -> None:
             assert trial.pays(1)
             served.set_memory(budget)
             assert served.report()["prefetch"] == {
-                "setting": "auto", "obstacle": "", "pays": False
+                "setting": "auto", "obstacle": "", "pays": False, "predictor": "next router",
+                "probes": None, "probes_ignored": "",
             }  # fmt: skip
 
 

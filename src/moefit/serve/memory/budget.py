@@ -136,7 +136,7 @@ class MemoryBudget:
     Args:
         total: The budget; None means as much as it takes for all experts to be resident.
         process: Interpreter and libraries when loading starts, including `slack`.
-        weights: Dense weights.
+        weights: Dense weights, with the probes that predict experts.
         kv_cache: For `context` tokens.
         kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
         workspace: Activations of a forward pass over `context` tokens.
@@ -154,6 +154,7 @@ class MemoryBudget:
         slack: Part of `process` that only allows for a larger process than the measured one, since
             process sizes differ between runs.
         first_use: Part of `workspace` that only the first use of libraries touches, at most.
+        probes: Part of `weights` that predicts experts.
     """
 
     total: int | None
@@ -172,6 +173,7 @@ class MemoryBudget:
     encoding: int = 0
     slack: int = 0
     first_use: int = 0
+    probes: int = 0
     kv_dtype: str | None = None
 
     @property

@@ -72,6 +72,7 @@ from moefit.serve.precision.allocate import (
     ladders_of,
 )
 from moefit.serve.precision.upgrades import MAX_PENDING
+from moefit.serve.prediction.probes import find_probes
 
 SPARES = 2  # spare slots per format and size
 # Allowance for differences of process size between commands and between runs. Measured on
@@ -225,7 +226,10 @@ def initial_formats(
 
 
 def memory_budget(
-    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore | None = None
+    skeleton: Skeleton,
+    settings: LoadSettings,
+    packed: PackedStore | None = None,
+    probe_bytes: int | None = None,
 ) -> MemoryBudget:
     """Estimate the memory of a model by part, before anything is loaded.
 
@@ -233,6 +237,7 @@ def memory_budget(
         skeleton: The model without weights, with its checkpoint's headers.
         settings: How it is to be loaded; a GPU need not be present.
         packed: Experts encoded already; None opens the store of this model.
+        probe_bytes: Of the probes that predict experts; None looks for those of this model.
 
     Returns:
         The estimate, with the total of the settings.
@@ -252,6 +257,7 @@ def memory_budget(
     on_gpu, is_auto = device.type != "cpu", settings.precision == AUTO_PRECISION
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     first_use = _first_use(skeleton, settings, device)
+    probes = find_probes(skeleton, settings).nbytes if probe_bytes is None else probe_bytes
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
@@ -259,7 +265,8 @@ def memory_budget(
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
         encoding=encoding_bytes(skeleton, settings),
-        weights=_dense_bytes(skeleton, settings),
+        weights=_dense_bytes(skeleton, settings) + probes,
+        probes=probes,
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
@@ -442,6 +449,7 @@ class PlacementBudget:
         process: Bytes of the process, measured while loading.
         tokenizer: Bytes of the tokenizer, measured while loading.
         packed: Experts encoded already.
+        probes: Bytes of the probes that were loaded.
     """
 
     folder: Path
@@ -449,6 +457,7 @@ class PlacementBudget:
     process: int
     tokenizer: int
     packed: PackedStore
+    probes: int = 0
 
     def budget(self, placement: Placement, total: int | None) -> MemoryBudget:
         """Return the estimate for a placement within `total` bytes.
@@ -465,7 +474,7 @@ class PlacementBudget:
             self.settings, placement=placement, precision=NATIVE_PRECISION, memory=total
         )
         settings.check()
-        return self._in_this_process(memory_budget(self._skeleton(), settings, self.packed))
+        return self._in_this_process(self._estimate(self._skeleton(), settings))
 
     @cached_property
     def bounds(self) -> tuple[int, int]:
@@ -485,7 +494,10 @@ class PlacementBudget:
         settings = replace(
             self.settings, placement=placement, precision=NATIVE_PRECISION, memory=None
         )
-        return self._in_this_process(memory_budget(skeleton, settings, self.packed))
+        return self._in_this_process(self._estimate(skeleton, settings))
+
+    def _estimate(self, skeleton: Skeleton, settings: LoadSettings) -> MemoryBudget:
+        return memory_budget(skeleton, settings, self.packed, self.probes)
 
     def _in_this_process(self, budget: MemoryBudget) -> MemoryBudget:
         """Replace estimates of process and tokenizer by what was measured while loading."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from moefit.checkpoint.model_folder import settings_file
-from moefit.errors import CheckpointError, ConfigError
+from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.folders import cache_root, exclusive_folder
 from moefit.quant.format import parse_format
 from moefit.serve.packed.file import RECORDING, WRITING, read_packed
+from moefit.serve.prediction.probes import FILE, source_of
 
 KINDS = {"packed": "moefit pack", "profiles": "moefit profile", "data": "moefit train"}
 """Folders of the cache, and the command that makes what is in them."""
@@ -200,6 +201,9 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
     source, formats, reasons = _usage_source(folder), [], []
     if source:
         formats.append("use counts")
+    if fitted_to := _probes_source(folder):
+        source = fitted_to
+        formats.append("probes")
     for one in _subfolders(folder):
         first = next(iter(sorted(one.glob("block-*.safetensors"))), None)
         if first is None:
@@ -225,6 +229,13 @@ def _usage_source(folder: Path) -> str:
     """Return the checkpoint whose use counts a server left here; empty if there are none."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         return str(json.loads((folder / "usage.json").read_text(encoding="utf-8"))["source"])
+    return ""
+
+
+def _probes_source(folder: Path) -> str:
+    """Return the checkpoint that probes in this folder were fitted to; empty without probes."""
+    with suppress(MoefitError, OSError):
+        return source_of(folder / FILE)
     return ""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from moefit.checkpoint.config import read_config
-from moefit.checkpoint.safetensors import SpanReader, bytes_of
+from moefit.checkpoint.safetensors import Span, SpanReader, bytes_of
 from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
 from moefit.folders import cache_root, is_gguf
@@ -235,7 +235,11 @@ def _settings(folder: Path) -> bytes:
 
 def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:
     """Return bytes from the middle of tensor number `turn` modulo the expert's tensors."""
-    span = source.spans[turn % len(source.spans)]
+    return sample_of(reader, source.spans[turn % len(source.spans)])
+
+
+def sample_of(reader: SpanReader, span: Span) -> bytes:
+    """Return up to 4 KiB from the middle of a tensor. Raises CheckpointError."""
     size = min(_SAMPLE_BYTES, span.nbytes)
     data = bytearray(size)
     middle = span.offset + (span.nbytes - size) // 2

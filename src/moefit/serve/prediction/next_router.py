@@ -26,8 +26,14 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moefit.moe.scoring import ScoringRule
+from moefit.serve.config import AUTO_PRECISION, LoadSettings
 from moefit.serve.layer.moe_layer import VirtualExperts
 
+FORMATS_DEPEND = (
+    "under precision auto the formats of slots would depend on what was guessed; give one "
+    "precision, such as int4"
+)
 _LOG = logging.getLogger(__name__)
 _TOKENS = 48  # of the recorded pass
 _LEAST_TOKENS = 8
@@ -62,22 +68,42 @@ class _Norm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Router:
-    """logits = x W^T + b, and what the rule adds before it selects."""
+class LinearMap:
+    """logits = x W^T + b, of the inputs of a block's experts."""
 
     weight_ED: Tensor
     bias_E: Tensor | None
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Return the logits [T, E] in float32."""
+        return F.linear(x_TD, self.weight_ED, self.bias_E).float()
+
+
+def preferences(rule: ScoringRule | None, bias_E: Tensor | None, logits_TE: Tensor) -> Tensor:
+    """Return scores [T, E] whose largest a router selects, finite for all experts.
+
+    Args:
+        rule: The router's; None if unknown, then the largest logits are selected.
+        bias_E: What the rule adds for its choice, if anything.
+        logits_TE: Its logits.
+    """
+    if rule is None or (rule.groups is None and not rule.biased):
+        return logits_TE  # scores are increasing functions of logits
+    scores_TE = rule.preference(logits_TE, bias_E)
+    # Experts of groups that are not selected are the least probable, but not impossible.
+    excluded_TE = scores_TE.isneginf()
+    return scores_TE.masked_fill(excluded_TE, float(scores_TE[~excluded_TE].min()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Router:
+    """logits = x W^T + b, and what the rule adds before it selects."""
+
+    logits: LinearMap
     experts: VirtualExperts
 
     def scores(self, x_TD: Tensor) -> Tensor:
-        logits_TE = F.linear(x_TD, self.weight_ED, self.bias_E).float()
-        rule = self.experts.scoring
-        if rule is None or (rule.groups is None and not rule.biased):
-            return logits_TE  # scores are increasing functions of logits
-        scores_TE = rule.preference(logits_TE, self.experts.bias_E)
-        # Experts of groups that are not selected are the least probable, but not impossible.
-        excluded_TE = scores_TE.isneginf()
-        return scores_TE.masked_fill(excluded_TE, float(scores_TE[~excluded_TE].min()))
+        return preferences(self.experts.scoring, self.experts.bias_E, self.logits(x_TD))
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +174,22 @@ class NextRouter:
         y_TD = x_TD * ratio_D
         return router.scores(y_TD if shift_D is None else y_TD + shift_D)
 
+    def linear(self, block: int, ahead: int) -> LinearMap | None:
+        """Return the logits of block `block + ahead` as a map of block `block`'s inputs, float32.
+
+        None if that block cannot be predicted.
+        """
+        if (change := self._change(block, ahead)) is None:
+            return None
+        ratio_D, shift_D = change
+        router = self._routers[block + ahead]
+        assert router is not None
+        weight_ED, bias_E = router.logits.weight_ED.float(), router.logits.bias_E
+        parts = [] if bias_E is None else [bias_E.float()]
+        if shift_D is not None:
+            parts.append(weight_ED @ shift_D.float())
+        return LinearMap(weight_ED * ratio_D.float(), sum(parts[1:], parts[0]) if parts else None)
+
     def _change(self, block: int, ahead: int) -> tuple[Tensor, Tensor | None] | None:
         """Return ratio and shift [D] from the output of a block's norm to that of a later one."""
         if (block, ahead) not in self._changes:
@@ -166,7 +208,7 @@ class NextRouter:
         usable_D = here.gain_D.abs() > _SMALL_GAIN * here.gain_D.abs().mean()
         ratio_D = torch.where(usable_D, there.gain_D / here.gain_D, 0.0)
         shift_D = there.shift_D - ratio_D * here.shift_D
-        dtype = router.weight_ED.dtype
+        dtype = router.logits.weight_ED.dtype
         return ratio_D.to(dtype), shift_D.to(dtype) if here.centred else None
 
 
@@ -225,6 +267,30 @@ class _Recording:
         return record
 
 
+def obstacle(model: PreTrainedModel, num_blocks: int, settings: LoadSettings) -> str:
+    """Return why no experts of a model are predicted with these settings; empty if they may be.
+
+    Args:
+        model: The model; not a pre-gated one, which needs no prediction.
+        num_blocks: Its MoE blocks.
+        settings: With which it is loaded.
+    """
+    if settings.prefetch == "off":
+        return "it is off"
+    if reason := unpredictable(model, num_blocks):
+        return reason
+    return FORMATS_DEPEND if settings.precision == AUTO_PRECISION else ""
+
+
+def unpredictable(model: PreTrainedModel, num_blocks: int) -> str:
+    """Return why a model's experts cannot be predicted, whatever the settings; else nothing."""
+    if num_blocks == 1:
+        return "the model has one MoE layer, and prediction begins with the second"
+    if model.config.is_encoder_decoder:
+        return "the experts of encoder-decoders are not predicted"
+    return ""
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
@@ -270,5 +336,5 @@ def _linear_router(model: nn.Module, experts: VirtualExperts, seen: _Seen) -> _R
             error = float((found_TE - logits_TE).square().sum())
             spread_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
             if error <= _UNEXPLAINED**2 * float(spread_TE.square().sum()):
-                return _Router(weight_ED, bias_E, experts)
+                return _Router(LinearMap(weight_ED, bias_E), experts)
     return None

@@ -19,24 +19,29 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moefit.errors import CheckpointError
 from moefit.moe.routing import Routing
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import AUTO_PRECISION, LoadSettings, Mode
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.prediction.guesses import Confidence, Reading, Trial, choose, margins
-from moefit.serve.prediction.next_router import NextRouter, Predictor
+from moefit.serve.prediction.next_router import (
+    FORMATS_DEPEND,
+    NextRouter,
+    Predictor,
+    obstacle,
+)
 from moefit.serve.prediction.pregated import EarlyReader, PreGates, is_pregated
+from moefit.serve.prediction.probes import NO_PROBES, UNUSED, FoundProbes, Maps, Probes
 
 MOST_TOKENS = 32  # of a step; more choose nearly all experts
 UNLIKELY = 0.1  # confidence up to which a guess may displace a resident
-PREGATED = "pregated"  # in place of the setting, for models that know the next block's experts
-_FORMATS_DEPEND = (
-    "under precision auto the formats of slots would depend on what was guessed; give one "
-    "precision, such as int4"
-)
+PROBES, NEXT_ROUTER = "probes", "next router"  # names of predictors
+PREGATED = "pregated"  # another; in place of the setting, of models that know their next experts
 _LOG = logging.getLogger(__name__)
 _KEEP = 0.9  # of the mean window of a block, per step
 
@@ -211,14 +216,18 @@ class Prefetching:
 
     Attributes:
         setting: As given, or `pregated`.
-        predictor: The next router, or that of a pre-gated model; None if no experts can be
-            predicted.
+        predictor: What predicts: probes, the next router, or that of a pre-gated model; None if no
+            experts can be predicted.
+        routers: The next router, also where probes predict; None if it cannot.
+        probes: The probes that predict, and why others do not.
         prefetcher: At work; None if there is an obstacle.
         obstacle: Why nothing is prefetched in any mode; empty if something may be.
     """
 
     setting: str = "off"
     predictor: Predictor | None = None
+    routers: NextRouter | None = None
+    probes: FoundProbes = NO_PROBES
     prefetcher: Prefetcher | EarlyReader | None = None
     obstacle: str = "it is off"
 
@@ -243,7 +252,25 @@ class Prefetching:
             obstacle = f"mode {mode} is in force, and only exact mode fetches all missing experts"
         if not obstacle and self.prefetcher is not None and self.prefetcher.trial is not None:
             pays = self.prefetcher.trial.pays(1)
-        return {"setting": self.setting, "obstacle": obstacle, "pays": pays}
+        return {
+            "setting": self.setting,
+            "obstacle": obstacle,
+            "pays": pays,
+            "predictor": self._name(),
+            "probes": self.probes.as_dict(),
+            "probes_ignored": self.probes.ignored,
+        }
+
+    def _name(self) -> str | None:
+        match self.predictor:
+            case None:
+                return None
+            case PreGates():
+                return PREGATED
+            case Probes():
+                return PROBES
+            case _:
+                return NEXT_ROUTER
 
 
 def start_prefetching(
@@ -252,8 +279,9 @@ def start_prefetching(
     shared: SharedState,
     settings: LoadSettings,
     context: int | None,
+    probes: FoundProbes,
 ) -> Prefetching:
-    """Let a model prefetch if its settings say so and its routers are recognised.
+    """Let a model prefetch if its settings say so and its experts can be predicted.
 
     Args:
         model: The model, whose experts return zeros meanwhile.
@@ -261,24 +289,44 @@ def start_prefetching(
         shared: Their state.
         settings: With which the model was loaded.
         context: The largest number of tokens in a step; None for any.
+        probes: What was found of its probes.
     """
     if is_pregated(model):
         return _read_early(model, blocks, shared, settings)
-    if (obstacle := _obstacle(model, blocks, settings)) is not None:
-        return Prefetching(setting=settings.prefetch, obstacle=obstacle)
-    predictor = NextRouter.of(model, blocks, context)
+    if reason := obstacle(model, len(blocks), settings):
+        return Prefetching(setting=settings.prefetch, obstacle=reason)
+    routers = NextRouter.of(model, blocks, context)
+    probes, maps = _read_probes(probes, model.device)
+    predictor = Probes(maps, list(blocks.values()), routers) if maps else routers
     if not any(predictor.predicts(block) for block in range(len(blocks))):
         family = type(model).__name__
         return Prefetching(
             setting=settings.prefetch,
-            obstacle=f"the norms and routers of {family} are not of a form that can be predicted",
+            probes=probes,
+            obstacle=f"the norms and routers of {family} are not of a form that can be predicted; "
+            "`moefit pack --probes` fits probes that may",
         )
     trial = Trial() if settings.prefetch == "auto" else None
     prefetcher = Prefetcher(list(blocks.values()), shared, predictor, trial)
     shared.watcher = prefetcher
     return Prefetching(
-        setting=settings.prefetch, predictor=predictor, prefetcher=prefetcher, obstacle=""
+        setting=settings.prefetch,
+        predictor=predictor,
+        routers=routers,
+        probes=probes,
+        prefetcher=prefetcher,
+        obstacle="",
     )
+
+
+def _read_probes(found: FoundProbes, device: torch.device) -> tuple[FoundProbes, Maps]:
+    """Return the probes, and what was found without them if they cannot be read."""
+    if found.file is None:
+        return found, {}
+    try:
+        return found, found.file.read(found.depth, device)
+    except CheckpointError as error:
+        return FoundProbes(ignored=f"{error}; {UNUSED}"), {}
 
 
 def _read_early(
@@ -289,23 +337,8 @@ def _read_early(
 ) -> Prefetching:
     """Let a pre-gated model read its experts early, whatever the setting: nothing is guessed."""
     if settings.precision == AUTO_PRECISION:
-        return Prefetching(setting=PREGATED, obstacle=_FORMATS_DEPEND)
+        return Prefetching(setting=PREGATED, obstacle=FORMATS_DEPEND)
     gates = PreGates(model, list(blocks.values()))
     reader = EarlyReader(list(blocks.values()), shared, gates)
     shared.watcher = reader
     return Prefetching(setting=PREGATED, predictor=gates, prefetcher=reader, obstacle="")
-
-
-def _obstacle(
-    model: PreTrainedModel, blocks: Mapping[str, VirtualExperts], settings: LoadSettings
-) -> str | None:
-    """Return why nothing can be prefetched, or None."""
-    if settings.prefetch == "off":
-        return "it is off"
-    if len(blocks) == 1:
-        return "the model has one MoE layer, and prediction begins with the second"
-    if model.config.is_encoder_decoder:
-        return "the experts of encoder-decoders are not predicted"
-    if settings.precision == AUTO_PRECISION:
-        return _FORMATS_DEPEND
-    return None
