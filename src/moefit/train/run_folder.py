@@ -1,15 +1,17 @@
 """The folder of a run: lock, configuration, log and profiles.
 
-The log is JSON Lines, with TensorBoard files if configured. Resuming drops records after the
-checkpoint.
+The log is JSON Lines, with TensorBoard files and a run of Weights & Biases if configured. Resuming
+drops records after the checkpoint.
 """
 
+import importlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -131,16 +133,26 @@ class RunLog:
     Args:
         out: The run's folder.
         resumed_step: Step of the checkpoint; later records are dropped.
-        tensorboard: Whether to write TensorBoard files too.
+        tensorboard: Whether to write scalars to TensorBoard files too.
+        wandb: Settings of the run, whose scalars go to Weights & Biases too; None if they do not.
 
     Raises:
         CheckpointError: The log cannot be written.
-        ConfigError: TensorBoard is not installed.
+        ConfigError: TensorBoard or wandb is not installed, or wandb cannot start.
     """
 
-    def __init__(self, out: Path, *, resumed_step: int, tensorboard: bool):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        resumed_step: int,
+        tensorboard: bool,
+        wandb: Mapping[str, Any] | None = None,
+    ):
         self._path = out / LOG
-        self._writer = _tensorboard(out, resumed_step) if tensorboard else None
+        self._writers: list[_ScalarWriter] = []
+        if tensorboard:
+            self._writers.append(_TensorBoard(out, resumed_step))
         records = read_log(out) if resumed_step else []
         kept = [record for record in records if record["step"] <= resumed_step]
         try:
@@ -149,6 +161,13 @@ class RunLog:
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from error
+        if wandb is None:
+            return
+        try:  # last, because it tells a server that the run has begun
+            self._writers.append(_WeightsAndBiases(out, resumed_step, wandb))
+        except ConfigError:
+            self.close()
+            raise
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a record and flush it.
@@ -161,15 +180,14 @@ class RunLog:
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+        scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for writer in self._writers:
+            writer.add(scalars, step)
 
     def close(self) -> None:
         """Close the files."""
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers:
+            writer.close()
         try:
             self._file.close()  # writes what a failed flush left in the buffer
         except OSError as error:
@@ -228,15 +246,85 @@ def last_record(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | No
     return next((record for record in reversed(records) if record["kind"] == kind), None)
 
 
-def _tensorboard(out: Path, resumed_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "log.tensorboard=true needs tensorboard; install it with: "
-            "pip install 'moefit[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=resumed_step + 1)
+class _ScalarWriter(Protocol):
+    """Where the log's numbers go besides its file."""
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        """Add numbers by name."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class _TensorBoard:
+    """Writes into `tensorboard` of a run's folder."""
+
+    def __init__(self, out: Path, resumed_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "log.tensorboard=true needs tensorboard; install it with: "
+                "pip install 'moefit[tensorboard]'"
+            ) from error
+        folder = str(out / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=resumed_step + 1)
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """Sends to Weights & Biases as its environment variables say, such as WANDB_MODE=offline.
+
+    A resumed run goes on as the same run there. Steps that it has already, because they were
+    computed after the checkpoint, it ignores.
+    """
+
+    def __init__(self, out: Path, resumed_step: int, config: Mapping[str, Any]):
+        try:
+            wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                "log.wandb=true needs wandb; install it with: pip install 'moefit[wandb]'"
+            ) from error
+        try:
+            self._run = wandb.init(
+                dir=str(out),
+                id=_wandb_id(out, is_new=not resumed_step),
+                resume="allow",
+                project=os.environ.get("WANDB_PROJECT", "moefit"),
+                name=os.environ.get("WANDB_NAME", out.absolute().name),
+                config=dict(config),
+                settings=wandb.Settings(console="off"),  # the terminal has a progress bar
+            )
+        except (wandb.Error, OSError) as error:
+            raise ConfigError(
+                f"Weights & Biases cannot start ({' '.join(str(error).split())}); log in with "
+                "`wandb login`, set WANDB_MODE=offline to send the run later with `wandb sync`, or "
+                "leave log.wandb out"
+            ) from error
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        if scalars:
+            self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(out: Path, *, is_new: bool) -> str:
+    """Return the name by which Weights & Biases knows a run; another one for a new run."""
+    path = out / "wandb-id"
+    if is_new or not path.is_file():
+        write_atomically(path, secrets.token_hex(6))
+    return path.read_text("utf-8")
 
 
 PROFILE = "profile"

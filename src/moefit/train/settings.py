@@ -306,6 +306,9 @@ class LogConfig(Strict):
     epsilon: float = Field(default=0.48, gt=0)
     """Score times number of experts above which an expert counts as active in the log."""
     tensorboard: bool = False
+    """Also write the log's numbers for TensorBoard, into `OUT/tensorboard`."""
+    wandb: bool = False
+    """Also send them to Weights & Biases, as its environment variables say."""
     profile: tuple[int, int] | None = None
     """First and last step that torch's profiler records, per process, into `OUT/profile`."""
 

@@ -198,7 +198,10 @@ class Trainer:
         if not self.processes.is_main:
             return NoLog()
         return RunLog(
-            self.out, resumed_step=self.first_step, tensorboard=self.config.log.tensorboard
+            self.out,
+            resumed_step=self.first_step,
+            tensorboard=self.config.log.tensorboard,
+            wandb=self.config.model_dump(mode="json") if self.config.log.wandb else None,
         )
 
     def _build_model(self) -> PreTrainedModel:
