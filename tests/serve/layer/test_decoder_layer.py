@@ -56,11 +56,7 @@ def test_answers_are_those_of_the_family(name: str, tmp_path: Path) -> None:
     ):
         with served(name, tmp_path / str(number), **settings) as loaded:
             found = layers_of(loaded.model)
-            kinds = getattr(loaded.model.config, "layer_types", None)
-            windows = sum(
-                kind == "sliding_attention" for kind in kinds or ()
-            )  # caches of their own
-            assert len(found) == loaded.model.config.num_hidden_layers - windows
+            assert len(found) == loaded.model.config.num_hidden_layers
             assert {one.direct for one in found if one.parts.routed} <= {FAMILIES[name]}
             mine, packed = decoded(loaded.model), in_a_crowd(loaded)
             with own_modules(loaded.model):

@@ -24,6 +24,7 @@ from moefit.serve.model import ServedModel
 
 pytestmark = compiled
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe")
+INT8 = {"precision": "int4", "kv_cache": "int8"}
 
 
 @contextmanager
@@ -65,20 +66,45 @@ def test_equal_to_one_after_the_other(
     name: str, tmp_path: Path, calls: list[tuple[int, int]]
 ) -> None:
     """With all experts in memory and with few, alone and among other requests."""
+    for number, given_ in enumerate(({"dtype": torch.float32}, {}, INT8)):
+        compare_with_one_by_one(name, tmp_path / str(number), calls, given_)
+
+
+def test_layers_with_different_windows(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """Every other layer of gpt-oss attends to the last tokens only, and none drops its keys."""
     for number, given_ in enumerate(
-        ({"dtype": torch.float32}, {}, {"precision": "int4", "kv_cache": "int8"})
+        ({"dtype": torch.float32, "precision": "int4"}, {"precision": "int4"}, INT8)
     ):
-        with served(name, tmp_path / str(number), memory=None, **given_) as loaded:
-            for slots in (None, 3):
-                if slots:
-                    blocks = len(loaded.blocks)
-                    loaded.set_memory(loaded.budget.total_for_slots([slots] * blocks))
-                calls.clear()
-                mine, packed = decoded(loaded.model), in_a_crowd(loaded)
-                assert calls
-                with one_by_one(loaded.model):
-                    assert torch.equal(mine, decoded(loaded.model))
-                    assert torch.equal(packed, in_a_crowd(loaded))
+        compare_with_one_by_one("gpt_oss", tmp_path / str(number), calls, given_)
+        assert (4, 4) in calls
+
+
+def compare_with_one_by_one(
+    name: str, folder: Path, calls: list[tuple[int, int]], settings: dict[str, Any]
+) -> None:
+    with served(name, folder, memory=None, **settings) as loaded:
+        for slots in (None, 3):
+            if slots:
+                blocks = len(loaded.blocks)
+                loaded.set_memory(loaded.budget.total_for_slots([slots] * blocks))
+            calls.clear()
+            mine, packed = decoded(loaded.model), in_a_crowd(loaded)
+            assert calls
+            with one_by_one(loaded.model):
+                assert torch.equal(mine, decoded(loaded.model))
+                assert torch.equal(packed, in_a_crowd(loaded))
+
+
+def test_other_windows_than_assumed_are_computed_alone(
+    tmp_path: Path, calls: list[tuple[int, int]]
+) -> None:
+    with served("gpt_oss", tmp_path, memory=None, precision="int4") as loaded:
+        loaded.set_memory(loaded.budget.total_for_slots([8] * 4))
+        wanted = decoded(loaded.model)
+        for one in layers_of(loaded.model)[1:]:
+            one.window = 8 if one.window is None else None  # as if other steps had been recorded
+        calls.clear()
+        assert torch.equal(decoded(loaded.model), wanted) and calls
 
 
 def test_one_call_a_token(tmp_path: Path, calls: list[tuple[int, int]]) -> None:

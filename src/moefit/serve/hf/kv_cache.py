@@ -245,8 +245,10 @@ def reserve_caches(
 ) -> RemovableHandle:
     """Replace the layers of every cache passed to the model by `ReservedLayer` or `Int8Layer`.
 
-    Only layers that are exactly `DynamicLayer` are replaced; by `Int8Layer` also empty ones with a
-    sliding window. Other subclasses store other states.
+    Only layers that are exactly `DynamicLayer` are replaced, and empty ones with a sliding window:
+    by `Int8Layer`, or where memory for `limit` tokens in every layer is reserved anyway. All keys
+    are kept then, and attention leaves out those outside of the window. Other subclasses store
+    other states.
 
     Args:
         model: The model.
@@ -256,50 +258,56 @@ def reserve_caches(
     Returns:
         The hook.
     """
-    if int8:
-        return model.register_forward_pre_hook(_int8_hook(model, limit), with_kwargs=True)
 
     def current_limit() -> int | None:  # a function, so that copying a cache does not copy `limit`
         return limit()
 
-    def convert(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        cache = given_cache(named)
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        if isinstance(cache, Cache) and not torch.is_grad_enabled():
-            cache.layers[:] = [
-                ReservedLayer(current_limit, layer) if type(layer) is DynamicLayer else layer
-                for layer in cache.layers
-            ]
+    as_own = partial(_as_int8 if int8 else _as_reserved, limit=current_limit)
+
+    def convert(
+        model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.is_grad_enabled():
+            return None
+        given = given_cache(named)
+        cache = _new_cache(model, named, int8=int8) if given is None else given
+        held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if not isinstance(held, Cache):
+            return None
+        held.layers[:] = [as_own(layer) for layer in held.layers]
+        if int8 and held.layer_class_to_replicate is DynamicLayer:  # for layers added later
+            held.layer_class_to_replicate = cast(Any, partial(_empty_int8_layer, current_limit))
+        return None if given is not None else (inputs, with_cache(named, cache, model))
 
     return model.register_forward_pre_hook(convert, with_kwargs=True)
 
 
-def _int8_hook(model: nn.Module, limit: Callable[[], int | None]) -> Any:
-    def current_limit() -> int | None:  # a function, so that copying a cache does not copy `limit`
-        return limit()
+def _new_cache(model: nn.Module, named: dict[str, Any], *, int8: bool) -> Cache | None:
+    """Return the cache that a model would make itself, where its layers are to be replaced."""
+    config = cast(Any, model.config)
+    text = config.get_text_config(decoder=True)
+    slides = int8 or "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    if config.is_encoder_decoder or not slides:
+        return None
+    wanted = named.get("use_cache")
+    wanted = getattr(text, "use_cache", True) if wanted is None else wanted
+    return DynamicCache(config=config) if wanted else None
 
-    def convert(
-        _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache, config = given_cache(named), cast(Any, model.config)
-        if torch.is_grad_enabled():
-            return None
-        uses_cache = getattr(config.get_text_config(decoder=True), "use_cache", True)
-        if cache is None and named.get("use_cache", uses_cache):
-            cache = DynamicCache(config=config)
-        if not isinstance(cache, Cache):
-            return None
-        cache.layers[:] = [_as_int8(layer, current_limit) for layer in cache.layers]
-        if cache.layer_class_to_replicate is DynamicLayer:  # for layers that are added later
-            cache.layer_class_to_replicate = cast(Any, partial(_empty_int8_layer, current_limit))
-        return inputs, with_cache(named, cache, model)
 
-    return convert
+def _as_reserved(layer: Any, limit: Callable[[], int | None]) -> Any:
+    if type(layer) is DynamicLayer:
+        return ReservedLayer(limit, layer)
+    if _is_empty_window(layer) and limit() is not None:
+        return ReservedLayer(limit, DynamicLayer())
+    return layer
+
+
+def _is_empty_window(layer: Any) -> bool:
+    return type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
 
 
 def _as_int8(layer: Any, limit: Callable[[], int | None]) -> Any:
-    if type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized:
+    if _is_empty_window(layer):
         return _empty_int8_layer(limit)
     if type(layer) not in (DynamicLayer, ReservedLayer):
         return layer

@@ -40,6 +40,7 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_kernels import RouterForward
 
 MOST_TOKENS = 32  # of a step that is computed so: with more, the time between calls hardly counts
+UNKNOWN_WINDOW = -1
 IGNORED = {"position_ids", "use_cache", "cache_position", "segments", "output_router_logits"}
 
 
@@ -82,25 +83,20 @@ class StepArguments:
     """What all layers of a step are given.
 
     Attributes:
-        mask: The attention mask.
+        window: Of the layer's attention mask; see `window_of`. It may differ between layers.
         cache: The cache of all layers.
         cos: Cosines of each token.
         sin: Sines.
     """
 
-    mask: Tensor | None
+    window: int | None
     cache: Any
     cos: Tensor
     sin: Tensor
 
     def same_as(self, other: "StepArguments") -> bool:
-        """Return whether these are the same objects."""
-        return (
-            self.mask is other.mask
-            and self.cache is other.cache
-            and self.cos is other.cos
-            and self.sin is other.sin
-        )
+        """Return whether these are the same objects, up to the window."""
+        return self.cache is other.cache and self.cos is other.cos and self.sin is other.sin
 
 
 class LayersBefore(Protocol):
@@ -140,6 +136,7 @@ class LayerForward:
         dtype: The dtype of hidden states.
         direct: Whether the feed-forward block is what `parts.routed` says, so that its router is
             part of the call and its experts are called with the choice.
+        window: Of the layer's attention mask in recorded steps.
 
     Attributes:
         together: Computes this layer together with others, of which it is number `place`.
@@ -153,8 +150,10 @@ class LayerForward:
         dtype: torch.dtype,
         *,
         direct: bool,
+        window: int | None,
     ):
         self._module, self.parts, self._options, self._dtype = module, parts, options, dtype
+        self.window = window
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: AttentionBlockKernel | None = None
         self.direct, self._routed = direct, parts.routed if direct else None
@@ -280,18 +279,16 @@ class LayerForward:
         """
         if (kernel := self._known(given.cos.shape[-1])) is None:
             return None
-        rows = rows or self._rows(given.cache, given.mask, tokens, kernel.block)
+        rows = rows or self._rows(given, tokens, kernel.block)
         return None if rows is None else (kernel, rows)
 
-    def _rows(
-        self, cache: Any, mask: Tensor | None, tokens: int, block: AttentionBlock
-    ) -> CacheRows | None:
+    def _rows(self, given: StepArguments, tokens: int, block: AttentionBlock) -> CacheRows | None:
         """Return where tokens belong in the cache, which is then as long as after the step."""
-        window = None if mask is None else getattr(mask, "window", -1)
-        if window == -1 or self._options.window not in (None, window):
+        window, cache = given.window, given.cache
+        if window == UNKNOWN_WINDOW or self._options.window not in (None, window):
             return None
         if (rows := getattr(cache, "rows", None)) is not None:
-            found = None if mask is None else rows(self.parts.index, window)
+            found = rows(self.parts.index, window)
             fits = found is not None and block.fits(found.keys_GLC, found.values_GLZ, self._dtype)
             return found if fits else None
         if type(cache).update is not Cache.update:
@@ -343,7 +340,16 @@ def arguments_of(x: Tensor, named: Mapping[str, Any]) -> StepArguments | None:
     cos, sin = angles
     if not _are_angles(cos, sin, x.shape[0] * x.shape[1], x.dtype):
         return None
-    return StepArguments(mask, cache, cos, sin)
+    described = mask is not None or not hasattr(cache, "rows")  # packed requests need a mask
+    return StepArguments(window_of(mask) if described else UNKNOWN_WINDOW, cache, cos, sin)
+
+
+def window_of(mask: Any) -> int | None:
+    """Return the window that an attention mask describes: None for all keys.
+
+    `UNKNOWN_WINDOW` stands for a mask of another kind, such as one that hides padding.
+    """
+    return None if mask is None else getattr(mask, "window", UNKNOWN_WINDOW)
 
 
 def _are_angles(cos: Tensor, sin: Tensor, tokens: int, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, D model width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from threading import local
 from typing import Any
@@ -21,8 +21,15 @@ from moefit.quant.cpu_kernels import kernels
 from moefit.quant.layers.attention_block import BlockOutput
 from moefit.quant.layers.decoder_layers import LayerCall, LayersOutput, compute_layers
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
-from moefit.serve.layer.decoder_layer import LayerForward, RoutedExperts, StepArguments
+from moefit.serve.layer.decoder_layer import (
+    LayerForward,
+    RoutedExperts,
+    StepArguments,
+    window_of,
+)
 from moefit.serve.layer.executor import StepLoads
+
+MASK = "attention_mask"  # the argument that may differ between layers, by its window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +138,11 @@ class LayerChain:
         if computed is None or place != computed.next or x is not computed.x:
             return None
         before = computed.named
-        if named.keys() != before.keys() or not all(map(is_, named.values(), before.values())):
+        if named.keys() != before.keys() or window_of(named.get(MASK)) != self._window(computed):
+            return None
+        if not all(map(is_, named.values(), before.values())) and any(
+            value is not before[name] for name, value in named.items() if name != MASK
+        ):
             return None
         made = self._next(computed, x)
         return made if isinstance(made, Tensor) else None
@@ -143,11 +154,17 @@ class LayerChain:
         computed, self._computed = self._computed, None
         if computed is not None:
             expected = place == computed.next and x is computed.x
+            expected = expected and arguments.window == self._window(computed)
             if expected and arguments.same_as(computed.arguments):
                 return self._next(computed, x)
             computed.undo()
         computed = self._compute(place, x, named, arguments)
         return None if computed is None else self._next(computed, x)
+
+    def _window(self, computed: _Computed) -> int | None:
+        """Return the window that the next layer was computed with."""
+        first = computed.next == computed.first
+        return computed.arguments.window if first else self._forwards[computed.next].window
 
     def _next(self, computed: _Computed, x: Tensor) -> Tensor | BlockOutput:
         """Return the output of the next layer, or the beginning of a layer that lacks experts."""
@@ -209,7 +226,8 @@ class LayerChain:
                 break
             layer = _own_cache(cache, forward.parts.index)
             before = None if layer is None else (layer.keys, layer.values)
-            if (ready := forward.ready(tokens, arguments)) is None:
+            given = arguments if at == place else replace(arguments, window=forward.window)
+            if (ready := forward.ready(tokens, given)) is None:
                 break
             if layer is not None and before is not None:
                 longer[at] = _Longer(layer, before, (layer.keys, layer.values))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
 from moefit.cache_argument import CACHE_NAMES, forward_with_cache
 from moefit.moe.routing import Routing
@@ -31,6 +32,7 @@ from moefit.serve.layer.decoder_layer import (
     arguments_of,
     candidates,
     own_rows,
+    window_of,
 )
 from moefit.serve.layer.layer_chain import LayerChain, chains_of
 from moefit.serve.layer.moe_layer import VirtualExperts
@@ -89,12 +91,16 @@ def _recognised(
     options = steps[0].options
     if options is None or not all(_same(options, step.options) for step in steps):
         return None
-    trial = LayerForward(module, parts, options, dtype, direct=False)
+    windows = {window_of(step.named.get("attention_mask")) for step in steps}
+    if len(windows) != 1:
+        return None
+    (window,) = windows
+    trial = LayerForward(module, parts, options, dtype, direct=False, window=window)
     if not all(_agrees(trial, step) for step in steps):
         return None
     routed = parts.routed
     direct = routed is not None and all(_is_routed(routed, step) for step in steps)
-    return LayerForward(module, parts, options, dtype, direct=direct)
+    return LayerForward(module, parts, options, dtype, direct=direct, window=window)
 
 
 @dataclass(slots=True)
@@ -144,7 +150,7 @@ def _recorded(
     if context is not None and context < sum(chunks):
         chunks = chunks[:2]
     ids_1T = torch.randint(low, vocabulary, (1, sum(chunks)), generator=generator)
-    cache, found = None, dict[nn.Module, list[_Step]]()
+    cache, found = _whole_cache(model), dict[nn.Module, list[_Step]]()
     try:
         for part_1T in ids_1T.split(chunks, dim=1):
             recorder = _Recorder()
@@ -159,6 +165,15 @@ def _recorded(
         _LOG.debug("layers are computed by the family's own modules", exc_info=True)
         return {}
     return found
+
+
+def _whole_cache(model: PreTrainedModel) -> Cache | None:
+    """Return a cache that keeps all keys where a model's own drops those outside of windows.
+
+    The engine's KV cache keeps them too. None: the model makes its own.
+    """
+    types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    return DynamicCache() if types == {"full_attention", "sliding_attention"} else None
 
 
 class _Recorder(TorchDispatchMode):
@@ -279,7 +294,7 @@ def _are_cached(given: tuple[Any, ...], step: _Step, index: int) -> bool:
 
 
 def _all_follow(steps: Sequence[_Step], others: Sequence[_Step]) -> bool:
-    """Return whether a layer is given just what another returns, with the same arguments."""
+    """Return whether a layer is given what another returns, with the same arguments but masks."""
     return len(steps) == len(others) and all(map(_follows, steps, others))
 
 
@@ -380,7 +395,7 @@ def _agrees(forward: LayerForward, step: _Step) -> bool:
     if not all(isinstance(one, Tensor) and one.shape == step.x.shape for one in step.feed):
         return False
     keys, values = (_with_room(one) for one in step.before)
-    made = forward.compute(step.x, step.named, rows=own_rows(keys, values, None))
+    made = forward.compute(step.x, step.named, rows=own_rows(keys, values, forward.window))
     if made is None:
         return False
     sum_TD, normed_TD = (one.view(step.x.shape) for one in (made.sum_TD, made.normed_TD))
