@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_families import tiny_family
 from tiny_served import VOCABULARY, saved, tiny
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 import moefit
+from moefit.cache_argument import forward_with_cache
 from moefit.serve.hf.kv_cache import ReservedLayer, reserve_caches
 
 H, D = 2, 4
@@ -123,6 +130,25 @@ def test_only_full_attention_layers_are_converted() -> None:
     with torch.no_grad():
         model(past_key_values=cache)
     assert cache.layers[0] is kept
+
+
+@pytest.mark.parametrize("limit", [None, 64])
+def test_windows_keep_all_keys_where_memory_is_reserved(limit: int | None) -> None:
+    """Also in a cache that the model would make itself; without a limit memory may be short."""
+    model = tiny_family("gpt_oss").eval()
+    ids_1T = torch.randint(3, 90, (1, 20))  # more than the window
+    with torch.no_grad():
+        wanted = model(input_ids=ids_1T).logits
+        reserve_caches(model, lambda: limit)
+        output, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :15])
+        rows = [output.logits]
+        for place in range(15, 20):
+            ids_11 = ids_1T[:, place : place + 1]
+            output, cache = forward_with_cache(model, cache, input_ids=ids_11)
+            rows.append(output.logits)
+    torch.testing.assert_close(torch.cat(rows, dim=1), wanted, atol=1e-4, rtol=1e-4)
+    kinds = {type(layer) for layer in cache.layers}
+    assert kinds == ({ReservedLayer} if limit else {ReservedLayer, DynamicSlidingWindowLayer})
 
 
 def test_no_in_place_writes_with_gradients() -> None:

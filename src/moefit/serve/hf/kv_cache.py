@@ -284,7 +284,8 @@ def reserve_caches(
 
 def _new_cache(model: nn.Module, named: dict[str, Any], *, int8: bool) -> Cache | None:
     """Return the cache that a model would make itself, where its layers are to be replaced."""
-    config = cast(Any, model.config)
+    if (config := cast(Any, getattr(model, "config", None))) is None:
+        return None
     text = config.get_text_config(decoder=True)
     slides = int8 or "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if config.is_encoder_decoder or not slides:
