@@ -1,8 +1,10 @@
-"""Decode the shipped model and its pre-gated form with a third of the experts and slow storage.
+"""Decode a model and its pre-gated form with a third of the experts and slow storage.
 
 The pre-gated form has the same weights, with the routers given what the block before is: its text
-is worse without a fine-tune, and what it reads and computes per token is what a fine-tuned one
-would.
+is worse without a fine-tune, and with a top-k rule it reads and computes as much per token as a
+fine-tuned one would. `--large` is a model of random weights whose experts have 6 MB, as those of
+models that are short of memory do; the shipped model's have 0.1 MB and a threshold rule, so that
+its two forms may also choose different numbers of experts.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from slow_storage import limited_to
 
 import moefit
 from moefit.api import folder_of
+from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.decoding import Decoding
 from moefit.serve.model import ServedModel
 
@@ -29,15 +33,35 @@ WAYS = {
 }
 
 
-def decode(served: ServedModel, ids_T: torch.Tensor, new: int) -> float:
-    """Return seconds per token."""
+LARGE = {
+    "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 6,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 24,
+    "mlp_type": "swiglu", "inference_rule": "top_k:4:renormalize", "qk_norm": True,
+    "initializer_range": 0.05,
+}  # fmt: skip
+COUNTED = ("hits", "fetches", "prefetches", "prefetches_used", "wait_seconds")
+
+
+def decode(served: ServedModel, ids_T: torch.Tensor, new: int) -> tuple[float, dict[str, float]]:
+    """Return seconds per token, and counts per token."""
     with torch.inference_mode():
         decoding = Decoding(served)
         decoding(ids_T[:16])
-        began = time.perf_counter()
+        before, began = served.report(), time.perf_counter()
         for at in range(16, 16 + new):
             decoding(ids_T[at : at + 1])
-        return (time.perf_counter() - began) / new
+        took, after = time.perf_counter() - began, served.report()
+    return took / new, {name: (after[name] - before[name]) / new for name in COUNTED}
+
+
+def large_model(folder: Path) -> Path:
+    """Write a model of random weights whose experts have 6 MB, with the shipped tokenizer."""
+    config = DsMoeConfig(**LARGE)
+    torch.manual_seed(0)
+    DsMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for path in Path(folder_of("reference")).glob("tokenizer*"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
 
 
 def load_all(folders: dict[str, Path], rate: str | None) -> dict[str, ServedModel]:
@@ -66,12 +90,14 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["0.1GB", "0.4GB"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
-    base = Path(folder_of("reference"))
     text = Path(statistics.__file__).read_text(encoding="utf-8")
     times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as other:
+    counts: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as other:
+        base = large_model(Path(first)) if given.large else Path(folder_of("reference"))
         folders = {"base": base, "pregated": pregated_copy(base, Path(other))}
         for rate in (None, *given.rates):
             with limited_to(rate):
@@ -79,23 +105,36 @@ def main() -> None:
                 ids_T = torch.tensor(next(iter(served.values())).tokenizer(text)["input_ids"])
                 for number in range(given.rounds + 1):
                     for name, one in served.items():
-                        took = decode(one, ids_T[number * 64 :], given.tokens)
+                        took, counted = decode(one, ids_T[number * 64 :], given.tokens)
                         if number:  # the first round fills slots
-                            times.setdefault(f"{rate or 'all in memory'}: {name}", []).append(took)
+                            label = f"{rate or 'all in memory'}: {name}"
+                            times.setdefault(label, []).append(took)
+                            total = counts.setdefault(label, dict.fromkeys(COUNTED, 0.0))
+                            for key in COUNTED:
+                                total[key] += counted[key] / given.rounds
                 for one in served.values():
                     one.close()
     results = {
-        name: {"tokens_per_second": 1 / statistics.median(one), "seconds": one}
+        name: {
+            "tokens_per_second": 1 / statistics.median(one),
+            "seconds": one,
+            "per_token": counts[name],
+        }
         for name, one in times.items()
     }
     for name, one in results.items():
-        print(name, f"{one['tokens_per_second']:.1f} tokens/s")
+        counted = ", ".join(f"{key} {value:.2f}" for key, value in one["per_token"].items())
+        print(name, f"{one['tokens_per_second']:.1f} tokens/s; per token: {counted}")
     if given.record:
+        model = "The shipped model (16 experts of 98 KB in each of 8 layers, threshold:0.7), 5"
+        if given.large:
+            model = "Random weights (24 experts of 6.3 MB in each of 6 layers, top 4 of 24), 8"
         notes = (
-            "The shipped model (16 experts in each of 8 layers, threshold:0.7), 5 slots a layer, "
+            f"{model} slots a layer, "
             f"storage limited; {given.rounds} rounds of {given.tokens} tokens, the ways in turn."
         )
-        print(record.write("pregated-speed", results, notes=notes))
+        suffix = "large" if given.large else ""
+        print(record.write("pregated-speed", results, notes=notes, suffix=suffix))
 
 
 if __name__ == "__main__":
