@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--storage", default="", help="what TMPDIR is on, for the record")
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
     text = Path(statistics.__file__).read_text(encoding="utf-8")
@@ -131,9 +132,9 @@ def main() -> None:
             model = "Random weights (24 experts of 6.3 MB in each of 6 layers, top 4 of 24), 8"
         notes = (
             f"{model} slots a layer, "
-            f"storage limited; {given.rounds} rounds of {given.tokens} tokens, the ways in turn."
+            f"storage limited{given.storage and f' ({given.storage})'}; {given.rounds} rounds of {given.tokens} tokens, the ways in turn."
         )
-        suffix = "large" if given.large else ""
+        suffix = "-".join([*["large"] * given.large, *given.storage.split()])
         print(record.write("pregated-speed", results, notes=notes, suffix=suffix))
 
 
