@@ -130,9 +130,10 @@ def main() -> None:
         model = "The shipped model (16 experts of 98 KB in each of 8 layers, threshold:0.7), 5"
         if given.large:
             model = "Random weights (24 experts of 6.3 MB in each of 6 layers, top 4 of 24), 8"
+        storage = f"storage limited ({given.storage})" if given.storage else "storage limited"
         notes = (
-            f"{model} slots a layer, "
-            f"storage limited{given.storage and f' ({given.storage})'}; {given.rounds} rounds of {given.tokens} tokens, the ways in turn."
+            f"{model} slots a layer, {storage}; {given.rounds} rounds of {given.tokens} tokens, "
+            "the ways in turn."
         )
         suffix = "-".join([*["large"] * given.large, *given.storage.split()])
         print(record.write("pregated-speed", results, notes=notes, suffix=suffix))
