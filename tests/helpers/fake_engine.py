@@ -13,6 +13,7 @@ from moefit.engine.api import (
     FinishedEvent,
     Listener,
     PromptEvent,
+    RequestProgress,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -107,13 +108,25 @@ class FakeEngine:
             self._changed.notify_all()
         return name
 
-    def cancel(self, request_id: str) -> None:
+    def progress(self) -> dict[str, RequestProgress]:
+        with self._changed:
+            return {
+                name: RequestProgress(
+                    stage="answer", waits_for="", computed_tokens=3, cached_tokens=1,
+                    generated_tokens=2,
+                )
+                for name in self._going
+            }  # fmt: skip
+
+    def cancel(self, request_id: str, message: str = "", *, code: str = "") -> None:
         with self._changed:
             if (going := self._going.pop(request_id, None)) is not None:
                 self.cancelled.append(request_id)
             self._changed.notify_all()
         if going is not None:
-            end = FinishedEvent(reason="cancelled", prompt_tokens=1, completion_tokens=0)
+            end = FinishedEvent(
+                reason="cancelled", prompt_tokens=1, completion_tokens=0, message=message, code=code
+            )
             going[1](end)
 
     def stats(self) -> EngineStats:

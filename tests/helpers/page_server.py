@@ -17,6 +17,13 @@ KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg":
 MIB = 1 << 20
 
 
+GOING = {
+    "request_id": "req-1", "key": None, "path": "/v1/completions", "seconds": 2.5, "choices": 1,
+    "state": "answer", "waits_for": "", "prompt_tokens": 400, "computed_tokens": 417,
+    "cached_tokens": 64, "generated_tokens": 17, "max_tokens": 128,
+}  # fmt: skip
+
+
 class Pretender:
     """A simulated served model."""
 
@@ -52,6 +59,10 @@ class Pretender:
         self.asked: list[str] = []
         self.problems: list[str] = []
         self.changes: list[dict] = []
+        self.going: dict[int, dict] = {}
+        self.operator = True
+        self.happened: list[dict] = []
+        self.failed: list[dict] = []
         self.weights = [
             [math.exp(self.chance.gauss(0, 1.1)) for _ in range(experts)] for _ in range(layers)
         ]
@@ -88,7 +99,8 @@ class Pretender:
             "latency": {"ttft_p50": 0.082 + self.chance.random() / 90, "ttft_p99": 0.31,
                         "itl_p50": 0.024 + self.chance.random() / 900, "itl_p99": 0.061},
             "counters": {"hits": self.hits, "fetches": self.fetches, "substituted_mass": 0.0,
-                         "bytes_read": self.read, "swaps": 3, "budget_changes": len(self.changes),
+                         "bytes_read": self.read, "wait_seconds": self.read / 1e8,
+                         "swaps": 3, "budget_changes": len(self.changes),
                          "load_failures": {"demand": 1, "background": 7 * len(self.problems)}},
             "problems": self.problems,
         }  # fmt: skip
@@ -109,6 +121,17 @@ class Pretender:
             ],
             "importance": [weight / top for weight in weights],
         }  # fmt: skip
+
+    def requests(self) -> dict:
+        going = [{**GOING, **one, "number": number} for number, one in self.going.items()]
+        return {"operator": self.operator, "total": len(going), "requests": going,
+                "changes": self.happened, "errors": self.failed}  # fmt: skip
+
+    def cancel(self, number: int) -> dict:
+        if number not in self.going:
+            raise ValueError(f"no request {number} runs")
+        del self.going[number]
+        return {"cancelled": number}
 
     def change(self, body: dict) -> dict:
         total = body.get("bytes", self.total)
@@ -137,9 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.model.asked.append(self.path)
         if self.path == "/v1/memory":
             return self._guarded(self.model.memory)
+        if self.path == "/v1/requests":
+            return self._guarded(self.model.requests)
         name = "index.html" if self.path == "/" else self.path.removeprefix("/page/")
         file = PAGE / name
-        if "/" in name or not file.is_file():
+        if ".." in name or not file.is_file():
             return self._send(404, b"", "text/plain")
         return self._send(200, file.read_bytes(), KINDS[name.rsplit(".", 1)[1]])
 
@@ -148,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/memory":
             return self._guarded(lambda: self.model.change(body))
+        if self.path == "/v1/requests/cancel":
+            return self._guarded(lambda: self.model.cancel(body["number"]))
         return self._stream(body)
 
     def _guarded(self, answer):

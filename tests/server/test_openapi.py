@@ -19,7 +19,8 @@ OPERATIONS = {
     "/v1/completions": {"post"}, "/v1/chat/completions": {"post"}, "/v1/models": {"get"},
     "/v1/models/{name}": {"get"}, "/tokenize": {"post"}, "/detokenize": {"post"},
     "/tokenizer_info": {"get"}, "/health": {"get"}, "/version": {"get"}, "/metrics": {"get"},
-    "/v1/memory": {"get", "post"}, "/v1/responses": {"post"},
+    "/v1/memory": {"get", "post"}, "/v1/requests": {"get"}, "/v1/requests/cancel": {"post"},
+    "/v1/responses": {"post"},
 }  # fmt: skip
 
 

@@ -111,6 +111,7 @@ class FollowSettings:
         def apply(size: int) -> None:
             engine.between_steps(lambda: served.set_memory(size))
             service.telemetry.changed("ok")
+            service.history.changed(f"to {format_bytes(size)}, following free memory")
 
         least = max(served.budget.min_bytes, self.least or 0)
         most = max(least, min(served.budget.max_bytes, self.most or served.budget.max_bytes))

@@ -53,6 +53,28 @@ class EngineStats:
     speculation: SpeculationStats | None = None
 
 
+RequestStage = Literal["waiting", "prompt", "answer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestProgress:
+    """How far one request is.
+
+    Attributes:
+        stage: Whether it is in the queue, its prompt is computed, or its answer.
+        waits_for: What it waits for, in words; empty if each step computes some of it.
+        computed_tokens: Tokens of prompt and answer that have been computed.
+        cached_tokens: Those of the prompt that were reused.
+        generated_tokens: Tokens of the answer so far.
+    """
+
+    stage: RequestStage
+    waits_for: str
+    computed_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
 class TokenRate:
     """Count generated tokens, in total and per second over the last five seconds.
 

@@ -23,6 +23,7 @@ from moefit.engine.api import (
     EngineStats,
     FinishReason,
     Listener,
+    RequestProgress,
     SamplingParams,
     TokenRate,
 )
@@ -130,7 +131,7 @@ class Engine:
         )
         drafter = drafter or drafter_of(self.settings.speculate)
         self.speculation = Speculation(served, drafter, packed=self._runner.packs)
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, tuple[str, str]] = {}  # messages and codes
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
         self._changed = Condition()  # guards all attributes above and below
@@ -262,11 +263,17 @@ class Engine:
             self._changed.notify_all()
         return name
 
-    def cancel(self, request_id: str) -> None:
-        """Cancel a request before the next step; unknown ids are ignored."""
+    def cancel(self, request_id: str, message: str = "", *, code: str = "") -> None:
+        """Cancel a request before the next step; unknown ids are ignored.
+
+        Args:
+            request_id: As `submit` returned it.
+            message: Why, for its last event.
+            code: Name of that reason, if the message may be shown.
+        """
         with self._changed:
             if request_id in self._requests:
-                self._cancelled.add(request_id)
+                self._cancelled.setdefault(request_id, (message, code))
                 self._changed.notify_all()
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
@@ -311,6 +318,21 @@ class Engine:
                 prefix_files=prefix_files,
                 speculation=self.speculation.stats(),
             )
+
+    def progress(self) -> dict[str, RequestProgress]:
+        """Return how far each request is, by the ids that `submit` returned."""
+        with self._changed:
+            waits, waiting = self._scheduler.waits(), {*self._scheduler.waiting}
+            return {
+                name: RequestProgress(
+                    stage="waiting" if name in waiting else state.stage,
+                    waits_for=waits.get(name, ""),
+                    computed_tokens=self._scheduler.computed(name),
+                    cached_tokens=state.cached_tokens,
+                    generated_tokens=state.num_generated,
+                )
+                for name, state in self._requests.items()
+            }
 
     def check(self) -> None:
         """Raise AssertionError if scheduler and engine hold different requests."""
@@ -368,9 +390,9 @@ class Engine:
         """Run queued commands, finish cancelled requests, admit waiting ones, then run one step."""
         self._commands.run_all()
         with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
-        for name in cancelled:
-            self._finish(name, "cancelled")
+            cancelled, self._cancelled = self._cancelled, {}
+        for name, (message, code) in cancelled.items():
+            self._finish(name, "cancelled", message, code)
         with self._changed:
             admitted = [self._requests[name] for name in self._scheduler.admit()]
         for state in admitted:  # without the lock, which callers of `submit` wait for
@@ -494,10 +516,10 @@ class Engine:
         for name in list(self._requests):
             self._finish(name, reason, message)
 
-    def _finish(self, name: str, reason: FinishReason, message: str = "") -> None:
+    def _finish(self, name: str, reason: FinishReason, message: str = "", code: str = "") -> None:
         """Send a request's last event, if it is still open, and free its KV cache."""
         if (state := self._requests.get(name)) is not None:
-            state.finish(reason, message)
+            state.finish(reason, message, code=code)
 
     def _remove(self, name: str) -> None:
         with self._changed:

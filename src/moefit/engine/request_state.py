@@ -19,6 +19,7 @@ from moefit.engine.api import (
     FinishReason,
     Listener,
     PromptEvent,
+    RequestStage,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -132,6 +133,11 @@ class RequestState:
             "first_token_seconds": None if first is None else round(first, 4),
             "seconds": round(monotonic() - self._arrival, 4),
         }
+
+    @property
+    def stage(self) -> RequestStage:
+        """Whether the prompt of a running request is computed, or its answer."""
+        return "answer" if self.num_generated else "prompt"
 
     @property
     def drafts_at_most(self) -> int:

@@ -127,6 +127,26 @@ class Scheduler:
         full = len(self._running) >= self.limits.max_concurrency
         return not full and self.reserved + request.max_len <= self.limits.tokens
 
+    def computed(self, name: str) -> int:
+        """Return how many tokens of a request have been computed."""
+        running = self._running.get(name)
+        return 0 if running is None else running.computed
+
+    def waits(self) -> dict[str, str]:
+        """Return what requests wait for, in words, for those of which no step computes anything."""
+        held = "a prefix that another request computes, or that is read from files"
+        found = {one.name: held for one in self._running.values() if one.held}
+        for place, request in enumerate(self._waiting.values()):
+            if place:
+                before = "1 request" if place == 1 else f"{place:,} requests"
+                found[request.name] = f"{before} before it"
+            elif len(self._running) >= self.limits.max_concurrency:
+                found[request.name] = f"one of {self.limits.max_concurrency:,} places to run"
+            else:
+                free = self.limits.tokens - self.reserved
+                found[request.name] = f"{request.max_len:,} tokens of KV cache; {free:,} are free"
+        return found
+
     @property
     def has_work(self) -> bool:
         """Whether a step can compute or a waiting request can start."""

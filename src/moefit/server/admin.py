@@ -22,7 +22,7 @@ from moefit.engine.speculation.requests import SpeculationCoverage
 from moefit.errors import ConfigError, MoefitError
 from moefit.plan.plan_file import Plan
 from moefit.serve.config import Policy
-from moefit.serve.memory.budget import parse_bytes
+from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.memory.follow import AUTO_MEMORY, BudgetFollower
 from moefit.serve.model import ServedModel
 from moefit.serve.report import BlockView
@@ -387,8 +387,13 @@ def _plan_summary(plan: Plan) -> PlanSummary:
     )
 
 
-def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
+def apply_change(service: Service, body: MemoryRequest, by: str | None = None) -> MemoryState:
     """Apply a change completely or not at all, and return the new state.
+
+    Args:
+        service: The service.
+        body: What to change.
+        by: Name of the client's key, for the history.
 
     Raises:
         APIError: If the change is empty or memory cannot be allocated.
@@ -397,7 +402,7 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
     given = body.model_fields_set
     if not given:
         raise APIError(400, "nothing to change; set bytes, mode, prefill or bound")
-    live = service.live_plan
+    live, before = service.live_plan, _in_force(service.engine.served)
     try:
         if body.bytes == AUTO_MEMORY:
             _follow(service, body)
@@ -407,16 +412,27 @@ def apply_change(service: Service, body: MemoryRequest) -> MemoryState:
             follower = service.follower if "bytes" in given else None
             with follower.fixed() if follower else nullcontext():
                 service.engine.between_steps(lambda: _change(service, body))
-    except MoefitError:
+    except MoefitError as error:
         service.telemetry.changed("refused")
+        service.history.changed(f"refused: {error}", by)
         raise
     except OSError as error:
         service.telemetry.changed("failed")
+        service.history.changed("failed: the system could not provide the memory", by)
         raise APIError(
             503, "the system cannot provide this memory now; nothing was changed", code="no_memory"
         ) from error
     service.telemetry.changed("ok")
+    auto = ", following free memory" if body.bytes == AUTO_MEMORY else ""
+    service.history.changed(f"{before} to {_in_force(service.engine.served)}{auto}", by)
     return memory_state(service)
+
+
+def _in_force(served: ServedModel) -> str:
+    """Return budget and mode in words."""
+    total = served.budget.total
+    size = "no limit" if total is None else format_bytes(total)
+    return f"{size} {served.policy.mode}"
 
 
 def _follow(service: Service, body: MemoryRequest) -> None:
@@ -608,6 +624,7 @@ def memory_router(service: Service) -> APIRouter:
         A server started with a plan replans if only the budget changes.
         """
         require_operator(request)
-        return await service.run_admin(apply_change, service, body)
+        by = client_of(request.scope).key
+        return await service.run_admin(apply_change, service, body, by)
 
     return routes

@@ -15,6 +15,7 @@ import moefit
 from moefit.server import admin, chat, completions
 from moefit.server.errors import ERROR_RESPONSES, APIError, PanicMiddleware, install_handlers
 from moefit.server.middleware import AccessMiddleware, BodyBudget, BodyLimitMiddleware
+from moefit.server.operation import endpoints
 from moefit.server.operation.request_id import HEADER, RequestIdMiddleware
 from moefit.server.responses import endpoint as responses
 from moefit.server.service import Service
@@ -32,11 +33,17 @@ _TYPES = {
 
 
 def page_files(folder: Traversable) -> dict[str, bytes]:
-    """Return the page's files by name; unknown file types are ignored."""
+    """Return the page's files by their paths in the folder; unknown file types are ignored."""
     if not folder.is_dir():
         return {}
-    known = (one for one in folder.iterdir() if one.name.rpartition(".")[2] in _TYPES)
-    return {one.name: one.read_bytes() for one in known if one.is_file()}
+    found: dict[str, bytes] = {}
+    for one in folder.iterdir():
+        if one.is_dir():
+            inner = page_files(one)
+            found |= {f"{one.name}/{name}": content for name, content in inner.items()}
+        elif one.name.rpartition(".")[2] in _TYPES:
+            found[one.name] = one.read_bytes()
+    return found
 
 
 def static_router(folder: Traversable | None = None) -> APIRouter:
@@ -54,7 +61,7 @@ def static_router(folder: Traversable | None = None) -> APIRouter:
     async def index() -> Response:
         return file_response("index.html")
 
-    @routes.api_route("/page/{name}", methods=["GET", "HEAD"])
+    @routes.api_route("/page/{name:path}", methods=["GET", "HEAD"])
     async def part(name: str) -> Response:
         return file_response(name)
 
@@ -94,6 +101,7 @@ def create_app(service: Service) -> FastAPI:
         admin.model_router,
         admin.status_router,
         admin.memory_router,
+        endpoints.router,
     )
     for made in (*(router(service) for router in routers), static_router()):
         app.include_router(made)
@@ -111,5 +119,5 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],  # clients send custom headers such as `x-stainless-os`
             expose_headers=[HEADER, "retry-after"],
         )
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestIdMiddleware, failed=service.history.failed)
     return app

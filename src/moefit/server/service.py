@@ -27,8 +27,10 @@ from moefit.server.errors import APIError, naming
 from moefit.server.metrics import PREFIX, ModelCollector, Telemetry
 from moefit.server.middleware import ServerSettings
 from moefit.server.openai_schema import GenerationRequest
+from moefit.server.operation.history import History
 from moefit.server.operation.keys import Keys
 from moefit.server.operation.limits import KeyCollector, KeyLimits
+from moefit.server.operation.requests import RequestTable
 from moefit.server.structured.trials import GrammarTrials
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
 from moefit.server.tools.dialect import Dialect, dialect_of
@@ -142,6 +144,8 @@ class Service:
         settings: Server settings.
         keys: API keys in force.
         limits: What they allow and have used.
+        requests: Requests that run or wait.
+        history: Changes of the budget and errors of requests.
         grammars: Grammars of requests that are compiled.
         trials: Compiles new ones.
     """
@@ -172,6 +176,7 @@ class Service:
         self.telemetry.registry.register(
             KeyCollector(settings.name, self.limits, self.keys, PREFIX)
         )
+        self.requests, self.history = RequestTable(engine), History()
         self.draining = False
         self.live_plan: LivePlan | None = None  # if the server was started with a plan
         self.follower: BudgetFollower | None = None  # if the budget can follow free memory

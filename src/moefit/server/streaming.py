@@ -27,6 +27,7 @@ from moefit.server.operation.request_id import (
     client_of,
     current_request,
 )
+from moefit.server.operation.requests import Running
 from moefit.server.service import EngineRequest, Service
 
 
@@ -50,6 +51,7 @@ class EngineEvents:
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._open: dict[int, str] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._id, self._number = current_request.get() or "", 0
 
     async def submit(self, engine_requests: Sequence[EngineRequest]) -> None:
         """Submit all requests to the engine; if one is rejected, cancel the others.
@@ -59,8 +61,8 @@ class EngineEvents:
             MoefitError: If the engine rejects one.
         """
         tokens = sum(len(item.prompt) for item in engine_requests)
-        key = client_of(self._request.scope).key
-        reserved = self._service.limits.reserve(key, len(engine_requests), tokens)
+        client = client_of(self._request.scope)
+        reserved = self._service.limits.reserve(client.key, len(engine_requests), tokens)
         wrap = self._service.telemetry.wrap_listener
         try:
             for number, item in enumerate(engine_requests):
@@ -69,12 +71,22 @@ class EngineEvents:
                     item.prompt,
                     sampling,
                     wrap(reserved.listener(partial(self._on_event, number))),
-                    label=current_request.get(),
+                    label=self._id,
                 )
         except BaseException:
             reserved.release_unused(refused=1)
             self.close()
             raise
+        self._number = self._service.requests.add(
+            Running(
+                request_id=self._id,
+                client=client,
+                path=self._request.url.path,
+                names=tuple(self._open.values()),
+                prompt_tokens=tokens,
+                max_tokens=sum(item.sampling.max_tokens for item in engine_requests),
+            )
+        )
         self._watch = asyncio.create_task(self._watch_disconnect())
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
@@ -92,12 +104,16 @@ class EngineEvents:
         """Cancel unfinished requests."""
         if self._watch is not None:
             self._watch.cancel()
+        self._service.requests.remove(self._number)
         for name in self._open.values():
             self._service.engine.cancel(name)
         self._open.clear()
 
     def _on_event(self, number: int, event: Event) -> None:
         """Pass an event to the event loop. Runs in the engine's thread."""
+        if isinstance(event, FinishedEvent) and event.reason == "error" and not event.code:
+            kind = event.message.partition(":")[0]  # what follows may have local paths
+            self._service.history.failed(f"the model failed: {kind}", self._id)
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
         except RuntimeError:  # the event loop is closed

@@ -279,6 +279,76 @@ def test_hidden_page_does_not_poll(page):
     tab.until(lambda: model.asked)
 
 
+MARKUP = "<img src=x onerror=document.title='no'>"
+
+
+def test_requests_are_shown_and_cancelled(page):
+    tab, model = page
+    tab.until(lambda: tab.text("requests-count").startswith("none"))
+    model.going = {
+        7: {"request_id": "first", "key": "alice", "choices": 2},
+        8: {"request_id": "next", "state": "waiting", "waits_for": "1 request before it"},
+        9: {"request_id": "third", "state": "prompt", "computed_tokens": 128},
+    }
+    tab.until(lambda: tab.text("requests-count").startswith("3"))
+    shown = tab.text("requests-list")
+    assert "answering, 17 of at most 128 tokens, 2 choices" in shown and "key alice" in shown
+    assert "waits for 1 request before it" in shown
+    assert "reading the prompt, 128 of 400 tokens" in shown
+    tab.until(lambda: "steps wait for experts" in tab.text("requests-count"))
+    button = tab.script("return document.querySelector('#requests-list button')")
+    assert button.accessible_name == "Cancel request first"
+    button.click()
+    tab.until(lambda: list(model.going) == [8, 9])
+    tab.until(lambda: "first" not in tab.text("requests-list"))
+    model.going.clear()
+    tab.until(lambda: tab.text("requests-count").startswith("none"))
+    assert tab.text("requests-list") == ""
+
+
+def test_refused_cancelling_is_shown(page):
+    tab, model = page
+    model.going = {7: {"request_id": "first"}}
+
+    def refuse(number):
+        raise ValueError(f"no request {number} of yours")
+
+    model.cancel = refuse
+    tab.until(lambda: "first" in tab.text("requests-list"))
+    tab.script("document.querySelector('#requests-list button').click()")
+    tab.until(lambda: tab.text("requests-answer") == "no request 7 of yours")
+    assert tab.script("return document.querySelector('#requests-list button').disabled") is False
+
+
+def test_what_users_send_is_text_and_fits_a_phone(page):
+    tab, model = page
+    long = "x" * 128
+    model.going = {
+        number: {"request_id": f"{MARKUP}{long}", "key": MARKUP, "path": MARKUP, "state": "waiting",
+                 "waits_for": MARKUP}
+        for number in range(40)
+    }  # fmt: skip
+    entry = {"at": 1.8e9, "text": MARKUP + long, "by": MARKUP, "request_id": MARKUP}
+    model.happened, model.failed = [entry], [entry]
+    tab.until(lambda: tab.text("errors").count(MARKUP) == 3)
+    assert tab.text("requests-list").count(MARKUP) == 4 * 40
+    assert f"{MARKUP}{long} by {MARKUP}" in tab.text("changes")
+    assert tab.script("return document.querySelectorAll('.requests img').length") == 0
+    assert tab.driver.title == "pretender-8x16 · moefit"
+    for width in (360, 1280):
+        tab.size(width)
+        assert tab.script("return document.documentElement.scrollWidth") <= width
+    assert tab.script(CONTRAST) == []
+
+
+def test_history_is_for_operators(page):
+    tab, model = page
+    assert tab.by_id("history").is_displayed()
+    assert tab.text("errors") == "No request has failed."
+    model.operator = False
+    tab.until(lambda: not tab.by_id("history").is_displayed())
+
+
 def test_output_is_shown_as_text(page):
     tab, _ = page
     tab.write("try-prompt", "<i>p</i>")

@@ -19,6 +19,9 @@ def client(tmp_path: Path) -> TestClient:
     (folder / "main.js").write_text("1")
     (folder / "secret.key").write_text("x")
     (folder / "inner.js").mkdir()
+    (folder / "part").mkdir()
+    (folder / "part" / "view.js").write_text("2")
+    (folder / "part" / "secret.key").write_text("x")
     (tmp_path / "outside.html").write_text("no")
     app = FastAPI()
     install_handlers(app)
@@ -32,12 +35,24 @@ def test_page_and_modules_are_served(client: TestClient) -> None:
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     script = client.get("/page/main.js")
     assert (script.text, script.headers["content-type"]) == ("1", "text/javascript; charset=utf-8")
+    assert client.get("/page/part/view.js").text == "2"
     assert client.head("/").status_code == 200
     assert client.get("/page/index.html").text == "<p>hello"
 
 
 @pytest.mark.parametrize(
-    "name", ["secret.key", "inner.js", "../outside.html", "%2e%2e%2foutside.html", "none.js", ""]
+    "name",
+    [
+        "secret.key",
+        "inner.js",
+        "part",
+        "part/secret.key",
+        "../outside.html",
+        "part/../../outside.html",
+        "%2e%2e%2foutside.html",
+        "none.js",
+        "",
+    ],
 )
 def test_other_files_are_not_served(client: TestClient, name: str) -> None:
     error_of(client.get(f"/page/{name}"), 404)

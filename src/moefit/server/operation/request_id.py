@@ -7,7 +7,7 @@ is written while the request is handled.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
@@ -80,10 +80,11 @@ class RequestIdMiddleware:
 
     Args:
         app: Application to wrap.
+        failed: Called with what was asked and its id if the server has failed on it.
     """
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, failed: Callable[[str, str], None] | None = None):
+        self._app, self._failed = app, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -109,6 +110,9 @@ class RequestIdMiddleware:
             raise
         finally:
             _log_access(scope, status, monotonic() - began)
+            method, path = scope["method"], scope["path"][:_MAX_PATH]
+            if self._failed is not None and status >= 500 and path not in _POLLED:
+                self._failed(f"{method} {path}: {status}", name)
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:

@@ -27,6 +27,14 @@ export class Client {
     return this.#json("v1/memory", this.#post(change));
   }
 
+  requests(signal) {
+    return this.#json("v1/requests", { signal, cache: "no-store" });
+  }
+
+  cancel(number) {
+    return this.#json("v1/requests/cancel", this.#post({ number }));
+  }
+
   /** Yield the events of a stream until it ends or `signal` aborts. Throws ApiError. */
   async *complete(request, signal) {
     const response = await this.#fetch("v1/completions", { ...this.#post(request), signal });

@@ -1,4 +1,4 @@
-// Entry point: connects one client and one poller to five views.
+// Entry point: connects one client and one poller to six views.
 
 import { ApiError, Client } from "./client.js";
 import { byId, say } from "./dom.js";
@@ -9,6 +9,7 @@ import { formatCount } from "./numbers.js";
 import { PaceView } from "./pace_view.js";
 import { Poller } from "./poller.js";
 import { PromptView } from "./prompt_view.js";
+import { RequestsView } from "./requests/requests_view.js";
 import { grid } from "./residency.js";
 
 const client = new Client();
@@ -21,15 +22,21 @@ const dial = new DialView(async (change) => {
   show(memory);
   return memory;
 });
-const poller = new Poller({ read: (signal) => client.memory(signal), onValue, onError });
+const requests = new RequestsView((number) => client.cancel(number));
+const poller = new Poller({ read, onValue, onError });
 
-function onValue(memory) {
+function read(signal) {
+  return Promise.all([client.memory(signal), client.requests(signal)]);
+}
+
+function onValue([memory, running]) {
   const problems = memory.problems ?? [];
   if (problems.length) state("degraded", "degraded");
   else state("live", "live");
   byId("trouble").hidden = true;
   byId("key-form").hidden = true;
   pace.show(memory, performance.now());
+  requests.show(running, memory, performance.now());
   show(memory);
 }
 
