@@ -1,5 +1,6 @@
 """The command `serve`: a model over HTTP."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.outgrown import Backlog, size_line, slow_line, subject_of, unfit_line
 from moefit.serve.prediction.usage import kept_usage
 from moefit.server.middleware import ServerSettings
+from moefit.server.operation.handover import inherited_socket, notify_supervisor
 from moefit.server.operation.json_log import log_json
 from moefit.server.operation.keys import readable_by_others
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
@@ -341,7 +343,13 @@ def _serve(
     warm_start: bool | None,
 ) -> None:
     began = monotonic()
-    with bind(settings.host, settings.port) as bound:  # fails before loading if the port is taken
+    inherited = inherited_socket(os.environ)
+    # Fails before loading if the port is taken.
+    with inherited or bind(settings.host, settings.port) as bound:
+        if inherited is not None:
+            host, port = inherited.getsockname()[:2]
+            settings = replace(settings, host=host, port=port)
+            say(f"listening on {host} port {port}, a socket that the next server takes over")
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
         with follow.explained(), _beyond_explained(model):
@@ -364,7 +372,7 @@ def _serve(
             elif served.model.device.type == "cpu":
                 service.follower = follow.follower(service)
                 closing.callback(service.follower.close)
-            running = HttpServer(service, bound)
+            running = HttpServer(service, bound, inherited=inherited is not None)
             closing.callback(running.stop)
             closing.callback(engine.close, timeout=LEAVING / 3)
             closing.callback(deadline.start)
@@ -441,6 +449,7 @@ def _run(
         with stop_on_signal() as request:
             running.start()
             announce()
+            notify_supervisor(os.environ, "READY=1")
             running.wait(ends)
             if request.received is not None:
                 _drain(running, request.received.name)
@@ -493,6 +502,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
 
 
 def _drain(running: HttpServer, signal: str) -> None:
+    notify_supervisor(os.environ, "STOPPING=1")
     say(f"{signal}: finishing running requests; send it again to stop at once")
     if not running.drain():
         say("not all ended within --drain-seconds; cancelling the rest")

@@ -110,7 +110,12 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(PanicMiddleware)
     bodies = BodyBudget(settings.bodies_bytes)
     app.add_middleware(BodyLimitMiddleware, bodies=bodies, max_body_size=settings.body_bytes)
-    app.add_middleware(AccessMiddleware, settings=settings, keys=service.keys)
+    app.add_middleware(
+        AccessMiddleware,
+        settings=settings,
+        keys=service.keys,
+        leaving=lambda: service.leaving,
+    )
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -5,7 +5,7 @@ in memory.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -251,10 +251,20 @@ def check_request(
 
 
 class AccessMiddleware:
-    """Reject requests that `check_request` does not allow, and add security headers."""
+    """Reject requests that `check_request` does not allow, and add security headers.
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, keys: Keys):
+    Args:
+        app: Application to wrap.
+        settings: The server's.
+        keys: Keys in force.
+        leaving: Whether another server takes over, so that connections are closed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, keys: Keys, leaving: Callable[[], bool]
+    ):
         self._app, self._settings, self._keys = app, settings, keys
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -267,6 +277,8 @@ class AccessMiddleware:
                 headers = MutableHeaders(scope=message)
                 for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+                if self._leaving():  # the client's next request shall reach the next server
+                    headers["Connection"] = "close"
             await send(message)
 
         headers = Headers(scope=scope)

@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from moefit.errors import ConfigError
 from moefit.server.app import create_app
 from moefit.server.errors import APIError, error_response
+from moefit.server.operation.handover import Leaving
 from moefit.server.operation.request_id import RequestIdMiddleware, current_request, sane_id
 from moefit.server.service import Service
 
@@ -255,6 +256,13 @@ class TimedConnection(H11Protocol):
             self.cycle.message_event.set()
         self.transport.close()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being received or answered."""
+        received = self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+        answered = self.cycle is None or self.cycle.response_complete
+        return not answered or (received and not self.transport.is_closing())
+
     def pause_writing(self) -> None:
         """Count pauses caused by a client that reads slowly."""
         self._pauses += 1
@@ -313,6 +321,7 @@ def _is_stuck(before: _Snapshot, now: _Snapshot, *, min_bytes: float) -> bool:
 
 _MAX_HEAD_BYTES = 64 << 10
 _POLL_SECONDS = 0.1
+_IDLE_GRACE = 1.0  # seconds for which a leaving server keeps idle connections open
 _RESERVED_FILES = 256  # files other than connections, such as a model's shards
 
 
@@ -411,11 +420,12 @@ class HttpServer:
 
     Args:
         service: What to serve.
-        bound: Socket from `bind`.
+        bound: Socket from `bind`, or an inherited one.
+        inherited: Whether another server takes over the socket when this one leaves.
     """
 
-    def __init__(self, service: Service, bound: socket.socket):
-        self._service, self._bound = service, bound
+    def __init__(self, service: Service, bound: socket.socket, *, inherited: bool = False):
+        self._service, self._bound, self._inherited = service, bound, inherited
         self._server = uvicorn.Server(_config(service))
         self._thread = threading.Thread(target=self._run, name="moefit-http", daemon=True)
 
@@ -441,16 +451,43 @@ class HttpServer:
         """Number of connected clients."""
         return len(self._server.server_state.connections)
 
+    def drain(self) -> bool:
+        """Answer what has been accepted, and return whether all of it ended in time.
+
+        With a socket that the next server inherits, accept no more; otherwise answer 503.
+        """
+        service = self._service
+        if not self._inherited:
+            service.draining = True
+            return service.engine.drain(service.settings.drain_seconds)
+        service.leaving = True
+        loop = self._server.servers[0].get_loop()
+        left = asyncio.run_coroutine_threadsafe(self._leave(), loop).result()
+        service.draining = True
+        return left
+
+    async def _leave(self) -> bool:
+        """Stop accepting, and wait until nothing has been under way for a moment."""
+        loop = asyncio.get_running_loop()
+        # Not Server.close(), which loses connections that have been accepted but not begun.
+        loop.remove_reader(self._bound.fileno())
+        leaving = Leaving(loop.time(), _IDLE_GRACE)
+        deadline = loop.time() + self._service.settings.drain_seconds
+        while not leaving.may_end(self._busy(), loop.time()):
+            if loop.time() >= deadline:
+                return False
+            await asyncio.sleep(_POLL_SECONDS / 2)
+        return True
+
+    def _busy(self) -> bool:
+        """Return whether a request is under way; call in the event loop."""
+        found: set[Any] = self._server.server_state.connections
+        return any(one.is_busy for one in found)
+
     def wait(self, stop: Callable[[], bool]) -> None:
         """Return when `stop` returns True or the server has ended."""
         while self.alive and not stop():
             sleep(_POLL_SECONDS)
-
-    def drain(self) -> bool:
-        """Finish current requests, reject new ones, and return whether all finished in time."""
-        service = self._service
-        service.draining = True
-        return service.engine.drain(service.settings.drain_seconds)
 
     def stop(self, *, at_once: bool = False) -> None:
         """Close the connections and the service."""

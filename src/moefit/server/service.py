@@ -138,6 +138,8 @@ class Service:
     Attributes:
         decoder_only: Whether completions continue the prompt.
         draining: Whether to finish current requests and reject new ones.
+        leaving: Whether another server takes over: what is still received is answered, and its
+            connection closed.
         live_plan: The plan, if the server was started with one.
         follower: Lets the budget follow free memory, on a CPU without a plan.
         engine: The engine.
@@ -177,7 +179,7 @@ class Service:
             KeyCollector(settings.name, self.limits, self.keys, PREFIX)
         )
         self.requests, self.history = RequestTable(engine), History()
-        self.draining = False
+        self.draining = self.leaving = False
         self.live_plan: LivePlan | None = None  # if the server was started with a plan
         self.follower: BudgetFollower | None = None  # if the budget can follow free memory
         # Few threads: each has its own heap, which counts towards the budget.
