@@ -52,6 +52,7 @@ from moefit.server.middleware import ServerSettings
 from moefit.server.operation.handover import inherited_socket, notify_supervisor
 from moefit.server.operation.json_log import log_json
 from moefit.server.operation.keys import readable_by_others
+from moefit.server.operation.traces import traces_to
 from moefit.server.run import HttpServer, bind, exit_timer, url_of
 from moefit.server.service import LivePlan, Service
 from moefit.signals import HangUp, note_hangups, stop_on_signal
@@ -213,6 +214,13 @@ class ServerOptions:
     cors_origin: Annotated[
         list[str] | None, advanced("Allow web pages of this origin (CORS); may be repeated.")
     ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        advanced(
+            "Send OpenTelemetry traces of requests to this URL (moefit[otel]), such as "
+            "http://127.0.0.1:4318/v1/traces."
+        ),
+    ] = None
     log_json: Annotated[
         bool,
         advanced(
@@ -324,6 +332,7 @@ def serve(
         follow,
         generation_config.value,
         server.warm_start,
+        server.otlp_traces_endpoint,
     )
 
 
@@ -341,8 +350,10 @@ def _serve(
     follow: FollowSettings,
     following: str,
     warm_start: bool | None,
+    traces_endpoint: str | None,
 ) -> None:
     began = monotonic()
+    traces = None if traces_endpoint is None else traces_to(traces_endpoint, settings.name)
     inherited = inherited_socket(os.environ)
     # Fails before loading if the port is taken.
     with inherited or bind(settings.host, settings.port) as bound:
@@ -366,6 +377,9 @@ def _serve(
             engine = Engine(served, engine_settings)
             service = Service(engine, settings)
             closing.callback(service.close, wait=True)
+            if traces is not None:
+                service.traces = traces
+                closing.callback(traces.close)
             if plan is not None:
                 again = replanner(model, plan, engine)
                 service.live_plan = LivePlan(engine, plan, again)

@@ -283,8 +283,7 @@ class AccessMiddleware:
 
         headers = Headers(scope=scope)
         client = self._keys.client(headers.get("authorization"))
-        if client is not None:
-            set_client(scope, client)
+        set_client(scope, client or Client(operator=False))
         refused = check_request(scope["method"], scope["path"], headers, self._settings, client)
         app = self._app if refused is None else error_response(refused)
         await app(scope, receive, send_with_headers)

@@ -31,6 +31,7 @@ from moefit.server.operation.history import History
 from moefit.server.operation.keys import Keys
 from moefit.server.operation.limits import KeyCollector, KeyLimits
 from moefit.server.operation.requests import RequestTable
+from moefit.server.operation.traces import RequestTraces
 from moefit.server.structured.trials import GrammarTrials
 from moefit.server.tokenizer import RequestTokenizer, is_unicode
 from moefit.server.tools.dialect import Dialect, dialect_of
@@ -148,6 +149,7 @@ class Service:
         limits: What they allow and have used.
         requests: Requests that run or wait.
         history: Changes of the budget and errors of requests.
+        traces: Makes OpenTelemetry spans of requests; None does not.
         grammars: Grammars of requests that are compiled.
         trials: Compiles new ones.
     """
@@ -179,6 +181,7 @@ class Service:
             KeyCollector(settings.name, self.limits, self.keys, PREFIX)
         )
         self.requests, self.history = RequestTable(engine), History()
+        self.traces: RequestTraces | None = None  # if they are sent to a collector
         self.draining = self.leaving = False
         self.live_plan: LivePlan | None = None  # if the server was started with a plan
         self.follower: BudgetFollower | None = None  # if the budget can follow free memory

@@ -17,17 +17,19 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from moefit.engine.api import Event, FinishedEvent
+from moefit.engine.api import Event, FinishedEvent, Listener
 from moefit.engine.structured.grammar import UntriedError
 from moefit.server.errors import APIError, convert_panics, error_json, http_error_of
 from moefit.server.middleware import cache_salt
 from moefit.server.openai_schema import GenerationRequest, PromptTokensDetails, Usage
 from moefit.server.operation.request_id import (
     CLIENT_CLOSED_REQUEST,
+    Client,
     client_of,
     current_request,
 )
 from moefit.server.operation.requests import Running
+from moefit.server.operation.traces import TracedRequest
 from moefit.server.service import EngineRequest, Service
 
 
@@ -63,14 +65,14 @@ class EngineEvents:
         tokens = sum(len(item.prompt) for item in engine_requests)
         client = client_of(self._request.scope)
         reserved = self._service.limits.reserve(client.key, len(engine_requests), tokens)
-        wrap = self._service.telemetry.wrap_listener
         try:
             for number, item in enumerate(engine_requests):
                 sampling = replace(item.sampling, cache_salt=self._salt)
+                listener = reserved.listener(partial(self._on_event, number))
                 self._open[number] = self._service.engine.submit(
                     item.prompt,
                     sampling,
-                    wrap(reserved.listener(partial(self._on_event, number))),
+                    self._measured(listener, client, sampling.max_tokens),
                     label=self._id,
                 )
         except BaseException:
@@ -88,6 +90,21 @@ class EngineEvents:
             )
         )
         self._watch = asyncio.create_task(self._watch_disconnect())
+
+    def _measured(self, listener: Listener, client: Client, max_tokens: int) -> Listener:
+        """Return a listener that also measures and, if wanted, traces a request."""
+        service = self._service
+        if service.traces is not None:
+            request = TracedRequest(
+                request_id=self._id,
+                path=self._request.url.path,
+                model=service.settings.name,
+                key=client.key,
+                max_tokens=max_tokens,
+                traceparent=self._request.headers.get("traceparent"),
+            )
+            listener = service.traces.listener(listener, request)
+        return service.telemetry.wrap_listener(listener)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
