@@ -195,13 +195,15 @@ def stopped(by: str) -> typer.Exit:
     return typer.Exit(128 + signal.Signals[by])
 
 
-def say(text: str) -> None:
+def say(text: str, *, level: int = logging.INFO) -> None:
     """Print a line to standard error, without markup: a path may have brackets.
 
-    Where logs are JSON (`serve --log-json`), log it instead.
+    Args:
+        text: The line.
+        level: Where logs are JSON (`serve --log-json`), it is logged instead, at this level.
     """
     if logs_json():
-        _LOG.info("%s", text)
+        _LOG.log(level, "%s", text)
         return
     console.print(text, markup=False, soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """The command `serve`: a model over HTTP."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -441,7 +442,10 @@ def _each_second(service: Service, backlog: Backlog, hangup: HangUp | None) -> N
     if line := backlog.observe(monotonic(), load.waiting, load.tokens_per_second):
         say(line)
     if (hangup is not None and hangup.take()) or service.keys.changed():
-        say(service.keys.reload())
+        failures = service.keys.reloads["failed"]
+        said = service.keys.reload()
+        failed = service.keys.reloads["failed"] > failures
+        say(said, level=logging.WARNING if failed else logging.INFO)
 
 
 def _run(

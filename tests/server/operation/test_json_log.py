@@ -72,14 +72,16 @@ def test_unread_pipe_blocks_nobody() -> None:
 @pytest.mark.slow
 def test_all_lines_of_a_server_are_json() -> None:
     command = [sys.executable, "-m", "moefit", "serve", "--port", "0", "--log-json"]
-    process = subprocess.Popen([*command, "--memory", "4GiB"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
     said = []
-    for line in process.stderr:
-        said.append(json.loads(line)["message"])
-        if said[-1].startswith("API at "):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    with subprocess.Popen(
+        [*command, "--memory", "4GiB"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(json.loads(line)["message"])
+            if said[-1].startswith("API at "):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
     assert said[0] == "loading reference" and said[-1].startswith("SIGTERM")
 
 
