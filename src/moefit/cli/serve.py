@@ -297,6 +297,7 @@ class ServerOptions:
             reasoning_parser=self.reasoning_parser,
             connections=self.max_connections,
             drain_seconds=self.drain_seconds,
+            traces_endpoint=self.otlp_traces_endpoint,
         )
         server.check()
         return server
@@ -333,7 +334,6 @@ def serve(
         follow,
         generation_config.value,
         server.warm_start,
-        server.otlp_traces_endpoint,
     )
 
 
@@ -351,10 +351,9 @@ def _serve(
     follow: FollowSettings,
     following: str,
     warm_start: bool | None,
-    traces_endpoint: str | None,
 ) -> None:
-    began = monotonic()
-    traces = None if traces_endpoint is None else traces_to(traces_endpoint, settings.name)
+    began, endpoint = monotonic(), settings.traces_endpoint
+    traces = None if endpoint is None else traces_to(endpoint, settings.name)
     inherited = inherited_socket(os.environ)
     # Fails before loading if the port is taken.
     with inherited or bind(settings.host, settings.port) as bound:

@@ -114,6 +114,7 @@ class ServerSettings:
             read; up to twice as long for the latter.
         idle_seconds: How long to keep a connection between requests.
         drain_seconds: How long to wait for running requests at shutdown.
+        traces_endpoint: URL to which OpenTelemetry traces are sent, if any.
     """
 
     name: str
@@ -133,6 +134,7 @@ class ServerSettings:
     wait_seconds: float = 30.0
     idle_seconds: int = 30
     drain_seconds: float = 30.0
+    traces_endpoint: str | None = None
 
     def check(self) -> None:
         """Raise ConfigError for an API key that cannot be sent, or an unknown parser."""
