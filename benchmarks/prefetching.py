@@ -2,11 +2,12 @@
 
     python benchmarks/prefetching.py FOLDER --memory 2.47GiB,1.37GiB --rates 0.4GB,1GB,2GB,none
         [--precision int8] [--replay TRACE.npz --found 0.3 --right 0.8] [--save NAME]
-        [--slots N,M] [--arms off,guess,oracle,auto] [--new-tokens 32] [--warm-up 24] [--rounds 1]
+        [--slots N,M] [--arms off,guess,probes,oracle,auto] [--new-tokens 32] [--warm-up 24] [--rounds 1]
 
 One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
 Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, which always
-prefetches; `oracle`, the same with the router's own choice as the guess; `auto`, which measures.
+prefetches; `probes`, the same with probes from `moefit pack --probes`; `oracle`, the same with the
+router's own choice as the guess; `auto`, which measures, with probes if there are any.
 
 With `--replay` routers choose what a recording chose (serving_speed.py), and `guess` is drawn: of
 the experts that a router will choose it names those in memory, the missing ones with probability
@@ -36,6 +37,7 @@ from moefit.evaluate.decoding import Decoding
 from moefit.evaluate.passage import read_text
 from moefit.serve.model import ServedModel
 from moefit.serve.prediction.prefetch import Prefetcher, Trial
+from moefit.serve.prediction.probes import Probes
 
 
 class Drawn:
@@ -104,6 +106,8 @@ def main() -> None:
         how |= {"prefetch": "on", "dense_precision": arguments.precision}
         with moefit.load(arguments.folder, **how) as served:
             layers = len(served.blocks)
+            about = served.prefetching.probes.as_dict()
+            arguments.probes_text = about and f"{about['tokens']:,} tokens of {about['text']}"
             for slots in [int(one) for one in arguments.slots.split(",") if one] or [0]:
                 if slots:
                     served.set_memory(served.budget.total_for_slots([slots] * layers))
@@ -120,6 +124,8 @@ def main() -> None:
 def save(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
     drawn = f"; drawn guesses find {arguments.found} of the missing, {arguments.right} are right"
     notes = "all arms decode the same tokens from empty slots" + (drawn if arguments.replay else "")
+    if arguments.probes_text:
+        notes += f"; probes fitted on {arguments.probes_text}"
     return record.write("prefetching", results, notes=notes, suffix=arguments.save)
 
 
@@ -188,7 +194,10 @@ def predictor_of(
         return Drawn(served, replayed, 1.0, 1.0) if replayed else Recorded(choices, experts)
     if replayed:
         return Drawn(served, replayed, arguments.found, arguments.right)
-    return served.prefetching.predictor
+    found = served.prefetching
+    if arm == "probes" and not isinstance(found.predictor, Probes):
+        raise SystemExit(f"no probes: run moefit pack --probes first {found.probes.ignored}")
+    return found.routers if arm == "guess" else found.predictor
 
 
 @torch.inference_mode()
