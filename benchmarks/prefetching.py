@@ -2,7 +2,8 @@
 
     python benchmarks/prefetching.py FOLDER --memory 2.47GiB,1.37GiB --rates 0.4GB,1GB,2GB,none
         [--precision int8] [--replay TRACE.npz --found 0.3 --right 0.8] [--save NAME]
-        [--slots N,M] [--arms off,guess,probes,oracle,auto] [--new-tokens 32] [--warm-up 24] [--rounds 1]
+        [--slots N,M] [--arms off,guess,probes,oracle,auto] [--new-tokens 32] [--warm-up 24]
+        [--rounds 1]
 
 One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
 Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, which always
