@@ -508,7 +508,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         context=plan.context,
         kv_cache=INT8_CACHE if engine.served.int8_cache else MODEL_CACHE,
         device=str(engine.served.model.device),
-        process=engine.served.budget.process,
+        process=engine.served.budget.process + engine.served.budget.probes,
         target=plan.target,
         concurrency=engine.settings.logit_rows,
         dtype=plan.dtype,

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.device import parse_device
-from moefit.errors import CheckpointError
+from moefit.errors import BudgetTooSmallError, CheckpointError
 from moefit.moe.expert_dropout import dropout_record, order_of_blocks
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import Format, parse_format
@@ -48,7 +48,7 @@ from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
 from moefit.serve.precision.upgrades import Upgrades
-from moefit.serve.prediction.probes import find_probes
+from moefit.serve.prediction.probes import FoundProbes, find_probes
 from moefit.serve.report import ServedParts
 
 Progress = Callable[[str, int, int], None]
@@ -83,8 +83,7 @@ def load_model(
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter)
     packed = open_packed(skeleton, _formats_to_encode(settings))
-    probes = find_probes(skeleton, settings)
-    budget = memory_budget(skeleton, settings, packed, probes.nbytes)
+    budget, probes = _budget(skeleton, settings, packed)
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
     with ExitStack() as undo:
@@ -109,6 +108,21 @@ def load_model(
             )
         undo.pop_all()
     return served
+
+
+def _budget(
+    skeleton: Skeleton, settings: LoadSettings, packed: PackedStore
+) -> tuple[MemoryBudget, FoundProbes]:
+    """Return the estimate, with the probes only if everything else fits beside them."""
+    probes = find_probes(skeleton, settings)
+    budget = memory_budget(skeleton, settings, packed, probes.nbytes)
+    if probes.nbytes:
+        try:
+            budget.slots()
+        except BudgetTooSmallError:
+            probes = probes.left_out()
+            budget = memory_budget(skeleton, settings, packed, 0)
+    return budget, probes
 
 
 def _formats_to_encode(settings: LoadSettings) -> list[Format]:

@@ -18,17 +18,20 @@ from moefit.cache_argument import forward_with_cache
 from moefit.checkpoint.safetensors import SINGLE
 from moefit.cli import pack as pack_command
 from moefit.cli.app import app
-from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
+from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, UnsupportedModelError
 from moefit.evaluate.prediction import measure_prediction
 from moefit.evaluate.report import prediction_tables
 from moefit.moe.scoring import ScoringRule
+from moefit.serve import load
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.load import load_model
+from moefit.serve.memory import estimate
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.calibrate import CalibrationText
 from moefit.serve.packed.kept import entries, unneeded
+from moefit.serve.packed.store import open_packed
 from moefit.serve.prediction import fit_probes as fitting
 from moefit.serve.prediction import prefetch
 from moefit.serve.prediction.fit_probes import ProbeResult, fit_probes
@@ -187,6 +190,23 @@ def test_budget_counts_probes(mixtral) -> None:
         shutil.rmtree(ProbeLocation(skeleton).folder)  # what is held is counted further on
         placement = dict.fromkeys(served.blocks, BlockPlacement(slots=8, formats=("native",)))
         assert served.placement_budget.budget(placement, None).probes == size
+
+
+def test_probes_that_do_not_fit_are_left_out(mixtral, monkeypatch) -> None:
+    """The least budget does not depend on them."""
+    skeleton, path = mixtral
+    monkeypatch.setattr(estimate, "held_bytes", lambda _device: 500 << 20)
+    packed = open_packed(skeleton, [])
+    whole = memory_budget(skeleton, SETTINGS, packed, 0)
+    least = whole.min_bytes - whole.slack
+    for memory, fits in ((least, False), (least + 4 * (8 * 32 + 8), True)):
+        budget, probes = load._budget(skeleton, replace(SETTINGS, memory=memory), packed)
+        assert len(budget.slots()) == 2 and budget.probes == probes.nbytes
+        assert (probes.file is not None) == fits == (budget.probes > 0)
+        assert fits or ("no room" in probes.ignored and str(path) in probes.ignored)
+    budget, _ = load._budget(skeleton, replace(SETTINGS, memory=least - 1), packed)
+    with pytest.raises(BudgetTooSmallError):
+        budget.slots()
 
 
 def test_the_cost_model_still_decides(mixtral) -> None:

@@ -29,6 +29,7 @@ from moefit.errors import CheckpointError, MoefitError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.memory.budget import format_bytes
 from moefit.serve.packed.file import WRITING
 from moefit.serve.packed.store import PackedLocation, packed_root, sample_of
 from moefit.serve.prediction.next_router import LinearMap, NextRouter, obstacle, preferences
@@ -294,6 +295,15 @@ class FoundProbes:
         """Bytes of the probes in memory."""
         return 0 if self.file is None else self.file.nbytes(self.depth)
 
+    def left_out(self) -> "FoundProbes":
+        """Return this without probes, which the budget has no room for."""
+        assert self.file is not None
+        size = format_bytes(self.nbytes)
+        return FoundProbes(
+            ignored=f"the budget has no room for the {size} of {self.file.path}; the next layer's "
+            "router predicts instead"
+        )
+
     def as_dict(self) -> dict[str, Any] | None:
         """Return plain values, for JSON; None without probes."""
         if self.file is None:
@@ -371,7 +381,10 @@ def _read(path: Path) -> tuple[ProbeMetadata, dict[str, Span], dict[str, int]]:
         if header["remarks_checksum"] != _checksum(header):
             raise ValueError("its header does not match its checksum")
         about = json.loads(header["about"])
-        recalls = {name: tuple(one) for name, one in about.pop("recalls").items()}
+        recalls = {
+            name: (float(probe), None if router is None else float(router))
+            for name, (probe, router) in about.pop("recalls").items()
+        }
         metadata = ProbeMetadata(**about, recalls=recalls)
         checksums = {str(name): int(one) for name, one in json.loads(header["checksums"]).items()}
         for name in (*recalls, *(one.name for one in spans)):
