@@ -58,7 +58,7 @@ def large_model(folder: Path) -> Path:
     """Write a model of random weights whose experts have 6 MB, with the shipped tokenizer."""
     config = DsMoeConfig(**LARGE)
     torch.manual_seed(0)
-    DsMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    DsMoeForCausalLM(config).bfloat16().save_pretrained(folder)
     for path in Path(folder_of("reference")).glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
     return folder

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from tiny_models import tokens as tiny_tokens
 from tiny_served import saved, tiny, tokens, with_slots
 from torch import Tensor
 from typer.testing import CliRunner
@@ -17,11 +19,14 @@ from typer.testing import CliRunner
 from moefit.cache_argument import forward_with_cache
 from moefit.checkpoint.safetensors import SINGLE
 from moefit.cli import pack as pack_command
+from moefit.cli import plan as plan_command
 from moefit.cli.app import app
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, UnsupportedModelError
 from moefit.evaluate.prediction import measure_prediction
 from moefit.evaluate.report import prediction_tables
 from moefit.moe.scoring import ScoringRule
+from moefit.plan.profile import Profile
+from moefit.plan.profiler import Profiler
 from moefit.serve import load
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
@@ -37,11 +42,11 @@ from moefit.serve.prediction import prefetch
 from moefit.serve.prediction.fit_probes import ProbeResult, fit_probes
 from moefit.serve.prediction.next_router import LinearMap
 from moefit.serve.prediction.prefetch import Prefetcher
-from moefit.serve.prediction.probes import UNUSED, ProbeLocation, Probes, find_probes
+from moefit.serve.prediction.probes import NO_PROBES, UNUSED, ProbeLocation, Probes, find_probes
 from moefit.serve.prediction.recording import RecordedRouter, Recording
 from moefit.serve.windows import Windows
 
-assert pack_command  # registers the command
+assert pack_command and plan_command  # registers the commands
 SETTINGS = LoadSettings(context=64, memory="4GiB", prefetch="on")
 
 
@@ -353,6 +358,30 @@ def test_models_that_are_not_predicted_are_refused(folders, tmp_path: Path) -> N
         fitted(one)
 
 
+def test_routers_that_cannot_be_applied_early(tmp_path: Path) -> None:
+    """Those of two layers are no map of the state, and only probes predict them."""
+    folder = saved(tiny_model(router_hidden_size=8, num_hidden_layers=3), tmp_path / "two")
+    with load_model(folder, SETTINGS) as served:
+        assert "moefit pack --probes" in served.report()["prefetch"]["obstacle"]
+    skeleton = build_skeleton(folder)
+    windows = Windows(tiny_tokens(8, 41))
+    made = fit_probes(skeleton, CalibrationText(text="a", digest="b", windows=windows))
+    assert set(made.metadata.recalls) == {"0.1", "0.2", "1.1"}
+    assert all(router is None for _, router in made.metadata.recalls.values())
+    with load_model(folder, SETTINGS) as served:
+        served.set_memory(with_slots(served, 2))
+        found = served.report()["prefetch"]
+        assert found["predictor"] == "probes" and found["obstacle"] == ""
+        assert found["probes"]["next_router_recall"] is None
+
+
+def test_pre_gated_models_need_none(tmp_path: Path) -> None:
+    skeleton = build_skeleton(saved(tiny_model(pregated=True), tmp_path / "pregated"))
+    with pytest.raises(UnsupportedModelError, match="the model is pre-gated"):
+        fit_probes(skeleton, text())
+    assert find_probes(skeleton, SETTINGS) == NO_PROBES
+
+
 def test_measures_probes_beside_routers(tmp_path: Path, monkeypatch) -> None:
     """Up to four layers ahead."""
     everything_kept(monkeypatch)
@@ -372,7 +401,7 @@ def test_measures_probes_beside_routers(tmp_path: Path, monkeypatch) -> None:
         assert served.prefetching.probes.nbytes == 5 * 4 * (8 * 32 + 8)
 
 
-def test_command(folders, tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch) -> None:
     """On the shipped model, since it takes a tokenizer."""
     given = tmp_path / "text"
     given.write_text("def main():\n    return 1\n" * 40)
@@ -385,3 +414,10 @@ def test_command(folders, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     made = json.loads(found.stdout)
     assert set(made) == {"probes"} and made["probes"]["text"] == "text"
+    assert not made["probes"]["skipped"]
+    measured = Profile(facts=None, items={})  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(Profiler, "run", lambda *given, **how: measured)
+    command = ["profile", "reference", "--probes", "--text", str(given)]
+    found = CliRunner().invoke(app, [*command, "--tokens", "200", "--context", "32", "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["probes"] == made["probes"] | {"skipped": True, "seconds": 0.0}

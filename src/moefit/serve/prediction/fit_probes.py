@@ -265,8 +265,9 @@ def _measured(
     x_TD: Tensor, target: _Target, probe: LinearMap, first: int
 ) -> tuple[float | None, float | None]:
     """Return the recall of a probe and of the router itself on the tokens from `first` on."""
-    if not bool(probe.weight_ED.isfinite().all()):
-        return None, None
+    assert probe.bias_E is not None
+    if not bool(probe.weight_ED.isfinite().all() & probe.bias_E.isfinite().all()):
+        return None, None  # beyond the largest number of 16 bits
     chosen_TE = target.chosen_TE[first:]
     recalls: list[float | None] = []
     for one in (probe, target.start):
