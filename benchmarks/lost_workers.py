@@ -7,7 +7,7 @@ torchrun then starts both again. Measured per kill: the last step in the log, th
 the step that training goes on from, and how long the other process outlives the killed one. The
 finished run must have the losses and weights, bit for bit, of a run that nobody killed.
 
-    python benchmarks/lost_workers.py [--kills 20] [--steps 1500] [--save]
+    python benchmarks/lost_workers.py [--kills 20] [--steps 600] [--save]
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from safetensors.torch import load_file
 from moefit.train.checkpoint import checkpoints, step_of
 from moefit.train.run_folder import read_log
 
-EVERY = 25
+EVERY = 5
 """Steps between checkpoints."""
 AT_START, IN_TRAINING = 9.0, 3.0
 """Seconds in which a process is killed, from its start and from the beginning of training."""
@@ -221,10 +222,11 @@ def differences(out: Path, whole: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that torchrun is ended too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text(folder)
