@@ -88,7 +88,8 @@ class Gathered:
 def allocated_peak(profiled: profile) -> int:
     """Return the most bytes that were allocated at once, above those at the beginning."""
     assert profiled.profiler is not None
-    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
+    kineto: Any = profiled.profiler.kineto_results
+    events = [one for one in kineto.events() if one.name() == "[memory]"]
     now = most = 0
     for one in sorted(events, key=lambda one: one.start_ns()):
         now += one.nbytes()
