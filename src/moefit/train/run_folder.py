@@ -304,7 +304,7 @@ class _WeightsAndBiases:
                 config=dict(config),
                 settings=wandb.Settings(console="off"),  # the terminal has a progress bar
             )
-        except (wandb.Error, OSError) as error:
+        except (wandb.Error, OSError, ValueError) as error:  # the last: of a bad variable
             raise ConfigError(
                 f"Weights & Biases cannot start ({' '.join(str(error).split())}); log in with "
                 "`wandb login`, set WANDB_MODE=offline to send the run later with `wandb sync`, or "

@@ -18,6 +18,7 @@ from moefit.train import loop, trainer
 from moefit.train.config import make_config, read_config
 from moefit.train.data.batches import WeightedBatches, training_batches
 from moefit.train.data.mixture import BLOCK, Mixture
+from moefit.train.data.split import is_held_out
 from moefit.train.data.tokens import prepare
 from moefit.train.loop import train
 from moefit.train.run_folder import read_log
@@ -125,6 +126,20 @@ def test_files_that_two_sources_have_are_of_the_first(mixed, tmp_path):
     again["weight"] = 0
     data = prepare(make_config(mixed).data, seq_len=config.seq_len)
     assert data.source_ends[1] == data.source_ends[2] == data.train.tokens
+
+
+def test_a_source_that_would_be_held_out_as_a_whole_loses_its_tail_instead(mixed, tmp_path):
+    names = [f"{n}.txt" for n in range(60)]
+    held_out = next(name for name in names if is_held_out(name, 0.2))
+    other = next(name for name in names if not is_held_out(name, 0.2))
+    for name, text in ((held_out, "abc def\n"), (other, "123 456\n")):
+        (tmp_path / name).write_text(text * 200)
+    sources = [{"path": str(tmp_path / name), "weight": 1} for name in (held_out, other)]
+    mixed["data"]["sources"] = sources
+    data = prepare(make_config(mixed).data, seq_len=16)
+    first = data.tokenizer.decode(data.train.open()[: data.source_ends[0]].tolist())
+    assert first.removesuffix("<|endoftext|>") == "abc def\n" * 160
+    assert data.held_out.documents == 2
 
 
 @pytest.mark.parametrize(

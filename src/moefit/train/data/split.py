@@ -5,7 +5,8 @@ The rule is one of three:
 - sources: `data.held_out` is held out. Training uses `data.sources` without files that are also in
   `data.held_out`.
 - name: whole documents are held out by a hash of their names, independently of other documents.
-- tail: used where `name` leaves one side empty, as with a single file. The last
+- tail: used where `name` leaves one side empty, as with a single file, or holds out all of a source
+  that has a weight. The last
   `data.held_out_fraction` of each document is held out, cut at a line break.
 """
 
@@ -109,9 +110,24 @@ def is_held_out(name: str, fraction: float) -> bool:
 def _missing_side(candidate: Split) -> str | None:
     if next(candidate.train(), None) is None:
         return "train on"
+    if candidate.rule == "name" and any(_trains_nothing(one) for one in _drawn_sources(candidate)):
+        return "draw from a source"
     if next(candidate.held_out(), None) is None:
         return "hold out"
     return None
+
+
+def _drawn_sources(candidate: Split) -> Iterator[Split]:
+    """Yield a split for each source with a weight above 0."""
+    data = candidate.data
+    for path, weight in zip(data.paths, data.weights or (), strict=False):
+        if weight:
+            alone = data.model_copy(update={"sources": (path,)})
+            yield Split(data=alone, rule=candidate.rule)
+
+
+def _trains_nothing(source: Split) -> bool:
+    return next(source.train(), None) is None
 
 
 def _truncated(found: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
