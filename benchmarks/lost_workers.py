@@ -187,7 +187,8 @@ def kill_often(agent: Agent, out: Path, kills: int, seed: int) -> list[Kill]:
         ended = wait_until_ended(workers)
         resumed = _RESUMED.search(agent.said(), said)
         said = len(agent.said())
-        began.append(int(resumed[1]) if resumed else None)
+        # Without a checkpoint training begins at 0 and nothing is said; None: not known.
+        began.append(int(resumed[1]) if resumed else 0 if in_training else None)
         seen = {"rank": rank, "in_training": in_training, "after": round(after, 2)}
         seen |= {"reached": last_step(out), "saved": newest(out)}
         found.append({**seen, "others_ended": round(ended, 2)})

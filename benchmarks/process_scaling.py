@@ -31,7 +31,10 @@ DENSE = {
     "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_experts": 16,
 }  # fmt: skip
-SPARSE = {**DENSE, "training_rule": "top_k:2", "inference_rule": "top_k:2"}
+# Wide enough that only the chosen experts are computed, alone as with all_to_all.
+SPARSE = {
+    **DENSE, "intermediate_size": 264, "training_rule": "top_k:2", "inference_rule": "top_k:2",
+}  # fmt: skip
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "data": (DENSE, {}),
     "data, reshard: false": (DENSE, {"reshard": False}),
