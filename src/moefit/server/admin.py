@@ -600,9 +600,11 @@ def status_router(service: Service) -> APIRouter:
     plain: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
     @routes.get("/metrics", response_class=Response, responses=plain)
-    async def metrics() -> Response:
-        """Return metrics in Prometheus format."""
+    async def metrics(request: Request) -> Response:
+        """Return metrics in Prometheus format; those of keys to operators only."""
         content = await service.run_admin(generate_latest, service.telemetry.registry)
+        if client_of(request.scope).operator:
+            content += await service.run_admin(generate_latest, service.key_registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     return routes

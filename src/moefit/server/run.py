@@ -461,8 +461,11 @@ class HttpServer:
             service.draining = True
             return service.engine.drain(service.settings.drain_seconds)
         service.leaving = True
-        loop = self._server.servers[0].get_loop()
-        left = asyncio.run_coroutine_threadsafe(self._leave(), loop).result()
+        longest = service.settings.drain_seconds + _LINGER_SECONDS
+        left = False
+        with suppress(TimeoutError, RuntimeError):  # the event loop hangs or has ended
+            loop = self._server.servers[0].get_loop()
+            left = asyncio.run_coroutine_threadsafe(self._leave(), loop).result(longest)
         service.draining = True
         return left
 
@@ -475,7 +478,7 @@ class HttpServer:
         deadline = loop.time() + self._service.settings.drain_seconds
         while not leaving.may_end(self._busy(), loop.time()):
             if loop.time() >= deadline:
-                return False
+                return not self._busy()
             await asyncio.sleep(_POLL_SECONDS / 2)
         return True
 

@@ -14,6 +14,8 @@ from time import time
 from typing import TypeVar
 from uuid import uuid4
 
+from prometheus_client import CollectorRegistry
+
 import moefit
 from moefit.engine.api import SamplingParams
 from moefit.engine.engine import Engine
@@ -147,6 +149,7 @@ class Service:
         settings: Server settings.
         keys: API keys in force.
         limits: What they allow and have used.
+        key_registry: Metrics of that, which operators alone may see.
         requests: Requests that run or wait.
         history: Changes of the budget and errors of requests.
         traces: Makes OpenTelemetry spans of requests; None does not.
@@ -177,9 +180,8 @@ class Service:
         )
         self.keys = Keys(settings.api_key, settings.keys_file)
         self.limits = KeyLimits(self.keys)
-        self.telemetry.registry.register(
-            KeyCollector(settings.name, self.limits, self.keys, PREFIX)
-        )
+        self.key_registry = CollectorRegistry()
+        self.key_registry.register(KeyCollector(settings.name, self.limits, self.keys, PREFIX))
         self.requests, self.history = RequestTable(engine), History()
         self.traces: RequestTraces | None = None  # if they are sent to a collector
         self.draining = self.leaving = False

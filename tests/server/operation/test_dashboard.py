@@ -24,7 +24,7 @@ def queries() -> list[tuple[str, str]]:
 
 def served_metrics(served: Any, tmp_path: Path) -> dict[str, set[str]]:
     """Return the labels of every sample of a server that has been used, by name."""
-    (tmp_path / "keys").write_text("keys: [{name: a, key: aa}]")
+    (tmp_path / "keys").write_text("keys: [{name: a, key: aa, operator: true}]")
     labels: dict[str, set[str]] = {}
     headers = {"Authorization": "Bearer aa"}
     with (

@@ -159,6 +159,10 @@ def test_keys_of_a_server(served, tmp_path: Path) -> None:
         service.keys.reload()
         error_of(client.post("/v1/completions", json=asked, headers=bob), 401)
         page = client.get("/metrics", headers=alice).text
+        path.write_text(ALICE + BOB)
+        service.keys.reload()
+        others = client.get("/metrics", headers=bob).text
+        assert "moefit:process_bytes" in others and "alice" not in others
     assert (
         'moefit:key_requests_total{key="alice",model_name="reference",outcome="accepted"} 1' in page
     )
