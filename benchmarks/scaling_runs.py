@@ -76,14 +76,14 @@ class Planned:
 
 # Every size and number of tokens in each kind, and every number of experts at every size.
 _MIXTURES = (
-    *((4, "small", 0.5), (4, "medium", 0.25), (4, "medium", 1), (4, "large", 0.5)),
-    *((8, "small", 0.25), (8, "small", 1), (8, "medium", 0.5), (8, "large", 0.25), (8, "large", 1)),
+    *((4, "small", 1), (4, "medium", 0.5), (4, "medium", 2), (4, "large", 1)),
+    *((8, "small", 0.5), (8, "small", 2), (8, "medium", 1), (8, "large", 0.5), (8, "large", 2)),
 )
 _DENSE = (
-    *(("small", 0.25), ("small", 1), ("medium", 0.25), ("medium", 0.5), ("medium", 1)),
-    *(("large", 0.25), ("large", 1)),
+    *(("small", 0.5), ("small", 2), ("medium", 0.5), ("medium", 1), ("medium", 2)),
+    *(("large", 0.5), ("large", 2)),
 )
-_NOT_SPARSE = ((4, "medium", 0.25),)  # the grid has 24 runs
+_NOT_SPARSE = ((4, "medium", 0.5),)  # the grid has 24 runs
 
 
 def grid() -> list[Planned]:
