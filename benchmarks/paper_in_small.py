@@ -117,7 +117,7 @@ def draw(results: dict[str, dict], path: Path) -> None:
         for one in scores:
             rule = Rule.parse(one.rule)
             kind = rule.kind if len(scores) > 1 else "own rule"
-            if not rule.renormalize:
+            if not rule.renormalize or len(scores) == 1:
                 kinds.setdefault(kind, []).append(one)
         for kind, members in kinds.items():
             members = sorted(members, key=lambda one: one.active_parameters)
