@@ -281,7 +281,7 @@ class Kernels:
             array[number] = mlp.argument
             array[number].first, array[number].rows = first, len(its_tokens)
             first += len(its_tokens)
-        y_RD = torch.empty(first, x_TD.shape[1])
+        y_RD = torch.empty(first, x_TD.shape[1], dtype=torch.float32)
         if not first:
             return y_RD
         token_R = join_tokens(tokens)
@@ -307,12 +307,12 @@ class Kernels:
         one = mlps[0]
         assert all(mlp.argument.w_in.cols == x_1D.shape[1] for mlp in mlps)
         if x_1D.dtype not in _KINDS or weights_1K.dtype not in _KINDS:
-            y_KD = torch.empty(len(mlps), one.argument.w_out.rows)
+            y_KD = torch.empty(len(mlps), one.argument.w_out.rows, dtype=torch.float32)
             self.one_token(x_1D, mlps, range(len(mlps)), y_KD)
             return self.weighted_sum(y_KD, weights_1K, x_1D.dtype, energy=energy)
         x_1D, weights_1K = x_1D.contiguous(), weights_1K.contiguous()
         y_1D = x_1D.new_empty(1, one.argument.w_out.rows)
-        energy_K = torch.empty(len(mlps)) if energy else None
+        energy_K = torch.empty(len(mlps), dtype=torch.float32) if energy else None
         addresses = (c_void_p * len(mlps))(*[mlp.address for mlp in mlps])
         self._library.moefit_token(
             self._level, addresses, len(mlps), x_1D.data_ptr(), _KINDS[x_1D.dtype],
@@ -335,7 +335,7 @@ class Kernels:
         x_TD = _contiguous(x_TD)
         one, w_out = mlps[0], mlps[0].argument.w_out
         scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
-        h_RQ = torch.empty(len(y_RD), scratch)
+        h_RQ = torch.empty(len(y_RD), scratch, dtype=torch.float32)
         self._library.moefit_experts(
             self._level, array, len(mlps), None if token_R is None else token_R.data_ptr(),
             len(y_RD), x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype],
@@ -427,7 +427,7 @@ class Kernels:
         rows, width = y_RD.shape
         assert rows == weights_TK.numel()
         y_TD = torch.empty(len(weights_TK), width, dtype=dtype)
-        energy_R = torch.empty(rows) if energy else None
+        energy_R = torch.empty(rows, dtype=torch.float32) if energy else None
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
         self._library.moefit_weighted_sum(
             y_RD.data_ptr(), _KINDS[y_RD.dtype], *weights_TK.shape, width, weights_TK.data_ptr(),

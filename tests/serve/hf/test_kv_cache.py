@@ -1,6 +1,7 @@
 """Caches that grow in place equal transformers' caches after any operations."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers.cache_utils import (
 
 import moefit
 from moefit.cache_argument import forward_with_cache
-from moefit.serve.hf.kv_cache import ReservedLayer, reserve_caches
+from moefit.serve.hf.attention import INT8_NAME, use_kernels
+from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer, reserve_caches
 
 H, D = 2, 4
 OPERATIONS = st.lists(
@@ -139,6 +141,7 @@ def test_windows_keep_all_keys_where_memory_is_reserved(limit: int | None) -> No
     ids_1T = torch.randint(3, 90, (1, 20))  # more than the window
     with torch.no_grad():
         wanted = model(input_ids=ids_1T).logits
+        undo = use_kernels(model)
         reserve_caches(model, lambda: limit)
         output, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :15])
         rows = [output.logits]
@@ -146,9 +149,49 @@ def test_windows_keep_all_keys_where_memory_is_reserved(limit: int | None) -> No
             ids_11 = ids_1T[:, place : place + 1]
             output, cache = forward_with_cache(model, cache, input_ids=ids_11)
             rows.append(output.logits)
+        given = model(ids_1T, None, None, DynamicCache(config=model.config))  # by position
     torch.testing.assert_close(torch.cat(rows, dim=1), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(given.logits, wanted, atol=1e-4, rtol=1e-4)
     kinds = {type(layer) for layer in cache.layers}
-    assert kinds == ({ReservedLayer} if limit else {ReservedLayer, DynamicSlidingWindowLayer})
+    all_kept = limit is not None and model.config._attn_implementation == INT8_NAME
+    assert kinds == ({ReservedLayer} if all_kept else {ReservedLayer, DynamicSlidingWindowLayer})
+    undo()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_windows_stay_where_others_of_a_cache_cannot_be_replaced(int8: bool) -> None:
+    """One mask may serve all layers with windows, as DeepSeek-V4's do."""
+
+    class Compressed(DynamicSlidingWindowLayer):
+        pass
+
+    class Model(torch.nn.Module):
+        config = SimpleNamespace(_attn_implementation=INT8_NAME)
+
+        def forward(self, past_key_values=None):
+            return past_key_values
+
+    model = Model()
+    reserve_caches(model, lambda: 64, int8=int8)
+    for others, kept in ((Compressed, True), (DynamicSlidingWindowLayer, False)):
+        cache = DynamicCache()
+        cache.layers[:] = [DynamicSlidingWindowLayer(8), DynamicLayer(), others(8)]
+        with torch.no_grad():
+            model(past_key_values=cache)
+        own = Int8Layer if int8 else ReservedLayer
+        first = DynamicSlidingWindowLayer if kept else own
+        assert [type(one) for one in cache.layers] == [first, own, others if kept else own]
+
+
+def test_static_caches_of_models_with_sinks() -> None:
+    """They have room behind the last key, which a window does not describe."""
+    model, ids_1T = tiny_family("gpt_oss").eval(), torch.randint(3, 90, (1, 21))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(ids_1T, **options)
+    undo = use_kernels(model)
+    for kind in (None, "static"):
+        assert torch.equal(model.generate(ids_1T, cache_implementation=kind, **options), wanted)
+    undo()
 
 
 def test_no_in_place_writes_with_gradients() -> None:

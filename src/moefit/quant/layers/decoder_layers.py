@@ -169,7 +169,7 @@ def compute_layers(
     logits_LTE = torch.empty(number, tokens, sizes.experts, dtype=sizes.logits)
     weights_LTK = torch.empty(number, tokens, sizes.chosen, dtype=sizes.weights)
     ids_LTK = torch.empty(number, tokens, sizes.chosen, dtype=torch.int64)
-    shares_LE = torch.empty(number, sizes.experts)
+    shares_LE = torch.empty(number, sizes.experts, dtype=torch.float32)
     sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
     made = x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, sum_TD, normed_TD
     kinds = (NATIVE_DTYPES[dtype] for dtype in (x_TD.dtype, sizes.logits, sizes.weights))
@@ -188,7 +188,8 @@ def compute_layers(
     while complete < number and loads is not None:
         if not loads.begin(complete, ids_LTK[complete].flatten().tolist()):
             break
-        y_RD = torch.empty(tokens * sizes.chosen, width) if y_RD is None else y_RD
+        if y_RD is None:
+            y_RD = torch.empty(tokens * sizes.chosen, width, dtype=torch.float32)
         done = (c_int8 * sizes.experts)()
         rows = byref(_Rows(addressof(done), y_RD.data_ptr()))
         kernels.resident_rows(structs, complete, shared_sizes, tokens, results, rows)

@@ -264,8 +264,13 @@ def _is_sliding_window(mask_function: Callable, window: int) -> bool:
 def window_or_full_mask(*, attention_mask: Tensor | None = None, **given: Any) -> Tensor | None:
     """Return a `WindowMask` where one describes the mask, else the mask of `sdpa`.
 
-    transformers calls this as `window_mask`; padding that hides nothing is ignored.
+    transformers calls this as `window_mask`; padding that hides nothing is ignored. A window counts
+    from the last key, so a cache that has room behind it, as static ones do, is not described.
     """
+    end = given.get("q_offset", 0) + given["q_length"] - given.get("kv_offset", 0)
+    if int(end) != given["kv_length"]:
+        given["allow_is_causal_skip"] = False
+        return sdpa_mask(attention_mask=attention_mask, **given)
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None
     try:

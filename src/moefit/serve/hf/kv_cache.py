@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 from moefit.cache_argument import forward_with_cache, given_cache, with_cache
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
 from moefit.quant.kv_int8 import Int8Rows, part_of, write_rows
+from moefit.serve.hf.attention import INT8_NAME
 
 
 @runtime_checkable
@@ -245,10 +246,10 @@ def reserve_caches(
 ) -> RemovableHandle:
     """Replace the layers of every cache passed to the model by `ReservedLayer` or `Int8Layer`.
 
-    Only layers that are exactly `DynamicLayer` are replaced, and empty ones with a sliding window:
-    by `Int8Layer`, or where memory for `limit` tokens in every layer is reserved anyway. All keys
-    are kept then, and attention leaves out those outside of the window. Other subclasses store
-    other states.
+    Only layers that are exactly `DynamicLayer` are replaced. Of layers with a sliding window, empty
+    ones are, if all of a cache's are of transformers' plain class: by `Int8Layer`, or by
+    `ReservedLayer` where memory for `limit` tokens in every layer is reserved anyway and attention
+    is told the window (`INT8_NAME`). All keys are kept then. Other subclasses store other states.
 
     Args:
         model: The model.
@@ -269,11 +270,16 @@ def reserve_caches(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.is_grad_enabled():
             return None
+        windows = int8 or (limit() is not None and _is_told_windows(model))
         given = given_cache(named)
-        cache = _new_cache(model, named, int8=int8) if given is None else given
+        cache = given
+        if cache is None and windows and (int8 or len(inputs) <= 1):
+            cache = _new_cache(model, named, int8=int8)
         held = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if not isinstance(held, Cache):
             return None
+        if windows and all(type(one) is DynamicSlidingWindowLayer for one in _sliding(held)):
+            held.layers[:] = map(_without_window, held.layers)
         held.layers[:] = [as_own(layer) for layer in held.layers]
         if int8 and held.layer_class_to_replicate is DynamicLayer:  # for layers added later
             held.layer_class_to_replicate = cast(Any, partial(_empty_int8_layer, current_limit))
@@ -284,8 +290,7 @@ def reserve_caches(
 
 def _new_cache(model: nn.Module, named: dict[str, Any], *, int8: bool) -> Cache | None:
     """Return the cache that a model would make itself, where its layers are to be replaced."""
-    if (config := cast(Any, getattr(model, "config", None))) is None:
-        return None
+    config = cast(Any, model.config)
     text = config.get_text_config(decoder=True)
     slides = int8 or "sliding_attention" in (getattr(text, "layer_types", None) or ())
     if config.is_encoder_decoder or not slides:
@@ -295,21 +300,26 @@ def _new_cache(model: nn.Module, named: dict[str, Any], *, int8: bool) -> Cache 
     return DynamicCache(config=config) if wanted else None
 
 
+def _is_told_windows(model: nn.Module) -> bool:
+    """Return whether masks of the model's attention say which window they are of."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None) == INT8_NAME
+
+
+def _sliding(cache: Cache) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+
+
+def _without_window(layer: Any) -> Any:
+    empty = type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
+    return DynamicLayer() if empty else layer
+
+
 def _as_reserved(layer: Any, limit: Callable[[], int | None]) -> Any:
-    if type(layer) is DynamicLayer:
-        return ReservedLayer(limit, layer)
-    if _is_empty_window(layer) and limit() is not None:
-        return ReservedLayer(limit, DynamicLayer())
-    return layer
-
-
-def _is_empty_window(layer: Any) -> bool:
-    return type(layer) is DynamicSlidingWindowLayer and not layer.is_initialized
+    return ReservedLayer(limit, layer) if type(layer) is DynamicLayer else layer
 
 
 def _as_int8(layer: Any, limit: Callable[[], int | None]) -> Any:
-    if _is_empty_window(layer):
-        return _empty_int8_layer(limit)
     if type(layer) not in (DynamicLayer, ReservedLayer):
         return layer
     rounded = _empty_int8_layer(limit)

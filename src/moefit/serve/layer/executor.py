@@ -93,7 +93,7 @@ class ExpertInvoker:
         if (
             self.host is not None
             or len(chosen) > table.num_slots - len(table.filling)
-            or max(chosen) >= self._block.num_experts
+            or not 0 <= min(chosen) <= max(chosen) < self._block.num_experts
         ):
             return None
         return StepLoads(self, chosen)
@@ -317,7 +317,8 @@ class StepLoads:
         try:
             while self._loads:
                 expert = next(iter(self._loads))
-                self._invoker.commit(self._loads.pop(expert))
+                self._invoker.commit(self._loads[expert])
+                del self._loads[expert]  # after it, so that `close` ends it if this is interrupted
                 if self._to_load:
                     self._start()
         finally:

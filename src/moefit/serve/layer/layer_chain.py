@@ -188,12 +188,13 @@ class LayerChain:
         tokens = x.shape[0] * x.shape[1]
         with first.experts.shared.lock:
             first.experts.begin_step()
-            calls, routed, longer = self._calls(place, x, arguments)
-            if not calls:
-                return None
-            x_TD = x.reshape(tokens, -1).contiguous()
+            routed, longer = list[RoutedExperts](), dict[int, _Longer]()
             loads = _Loads(routed)
             try:
+                calls = self._calls(place, x, arguments, routed, longer)
+                if not calls:
+                    return None
+                x_TD = x.reshape(tokens, -1).contiguous()
                 made = compute_layers(compiled, calls, x_TD, arguments.cos, arguments.sin, loads)
             except BaseException:
                 loads.close()
@@ -208,9 +209,15 @@ class LayerChain:
         return _Computed(place, place, x, arguments, made, longer, named)
 
     def _calls(
-        self, place: int, x: Tensor, arguments: StepArguments
-    ) -> tuple[list[LayerCall], list[RoutedExperts], dict[int, _Longer]]:
-        calls, routed, longer = list[LayerCall](), list[RoutedExperts](), dict[int, _Longer]()
+        self,
+        place: int,
+        x: Tensor,
+        arguments: StepArguments,
+        routed: list[RoutedExperts],
+        longer: dict[int, _Longer],
+    ) -> list[LayerCall]:
+        """Return the calls of layers from one on; add their experts and their caches."""
+        calls = list[LayerCall]()
         tokens, cache = x.shape[0] * x.shape[1], arguments.cache
         for at in range(place, min(place + self._reach, len(self._forwards))):
             forward = self._forwards[at]
@@ -235,7 +242,7 @@ class LayerChain:
             routed.append(one)
             if forward.has_hooks():  # which may change the layer's output
                 break
-        return calls, routed, longer
+        return calls
 
     def _adapt(self, complete: int, tried: int) -> None:
         """Try about as many layers next time as were computed before an expert was missing."""
