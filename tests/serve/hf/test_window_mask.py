@@ -1,5 +1,7 @@
 import pytest
 import torch
+from levels import compiled
+from tiny_families import tiny_family
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -7,7 +9,13 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from moefit.serve.hf.attention import UnpackableError, WindowMask, window_mask
+from moefit.serve.hf.attention import (
+    INT8_NAME,
+    UnpackableError,
+    WindowMask,
+    use_kernels,
+    window_mask,
+)
 
 
 def test_transformers_masks_are_parsed() -> None:
@@ -41,3 +49,14 @@ def test_derived_masks_are_not_parsed() -> None:
     assert mask.window == 5
     for other in (mask[..., :1], mask & mask, mask.clone()):
         assert not hasattr(other, "window")
+
+
+@pytest.mark.parametrize(("family", "changed"), [("gpt_oss", True), ("deepseek_v4", False)])
+@compiled
+def test_sinks_are_by_kernels_unless_a_family_changes_masks(family: str, changed: bool) -> None:
+    """DeepSeek-V4 makes masks longer, by its compressed keys, which a window does not describe."""
+    model = tiny_family(family)
+    undo = use_kernels(model)
+    assert (model.config._attn_implementation == INT8_NAME) is changed
+    undo()
+    assert model.config._attn_implementation == "eager"
