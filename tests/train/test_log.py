@@ -175,6 +175,29 @@ def test_weights_and_biases_without_login_or_module_say_what_to_do(tmp_path, wan
         RunLog(tmp_path, resumed_step=0, tensorboard=False, wandb={})
 
 
+def test_a_lost_connection_ends_the_sending_only(tmp_path, wandb, monkeypatch, caplog):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False, wandb={})
+
+    def lost(*given, **named):
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(Run, "log", lost)
+    monkeypatch.setattr(Run, "finish", lost)
+    log.write("train", 1, {"loss": 1.0})
+    log.write("train", 2, {"loss": 0.5})
+    log.close()
+    assert [record["loss"] for record in read_log(tmp_path)] == [1.0, 0.5]
+    assert caplog.text.count("Connection lost") == 1
+
+
+def test_a_resumed_run_goes_on_without_a_server(tmp_path, wandb, caplog):
+    wandb.fail = "deadline exceeded"
+    log = RunLog(tmp_path, resumed_step=2, tensorboard=False, wandb={})
+    log.write("train", 3, {"loss": 1.0})
+    log.close()
+    assert "goes on without Weights & Biases" in caplog.text
+
+
 def test_offline_runs_of_weights_and_biases(tree, callback, monkeypatch):
     """With the real module, if it is installed: nothing is sent."""
     pytest.importorskip("wandb")

@@ -281,7 +281,7 @@ def minimums(
     alone = replace(settings, memory=None, **{**dict.fromkeys(server, 0), "sequences": 1})
     sizes: dict[str, int] = {}
     for command, more in own.items():
-        one = memory_budget(skeleton, replace(alone, **more), packed)
+        one = memory_budget(skeleton, replace(alone, **more), packed, probe_bytes=0)
         measured = budget.process - settings.helpers + one.slack - budget.slack
         sizes[command] = replace(one, process=measured + more.get("helpers", 0)).min_bytes
     return sizes

@@ -143,7 +143,7 @@ def _candidates(
 
 
 def _candidate(skeleton: Skeleton, settings: LoadSettings) -> Candidate:
-    budget = memory_budget(skeleton, settings)
+    budget = memory_budget(skeleton, settings, probe_bytes=0)  # what is read early decides nothing
     return Candidate(
         precision=settings.precision,
         dense_precision=settings.dense_precision,

@@ -6,9 +6,10 @@ drops records after the checkpoint.
 
 import importlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from moefit.train.config import TrainConfig, make_config
 from moefit.yaml_text import load_yaml
 
 CONFIG = "config.yaml"
+_LOG = logging.getLogger(__name__)
 _ELSEWHERE = "free disk space or give another folder with out=FOLDER"
 
 # Settings that may change when a run is resumed. `RunState` compares the precision that `auto`
@@ -138,7 +140,8 @@ class RunLog:
 
     Raises:
         CheckpointError: The log cannot be written.
-        ConfigError: TensorBoard or wandb is not installed, or wandb cannot start.
+        ConfigError: TensorBoard or wandb is not installed, or wandb cannot start a new run; a
+            resumed run goes on without it.
     """
 
     def __init__(
@@ -165,7 +168,10 @@ class RunLog:
             return
         try:  # last, because it tells a server that the run has begun
             self._writers.append(_WeightsAndBiases(out, resumed_step, wandb))
-        except ConfigError:
+        except ConfigError as error:
+            if resumed_step:  # such as after a failure that took the network too
+                _LOG.warning("warning: the run goes on without Weights & Biases: %s", error)
+                return
             self.close()
             raise
 
@@ -186,12 +192,14 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        for writer in self._writers:
-            writer.close()
         try:
-            self._file.close()  # writes what a failed flush left in the buffer
-        except OSError as error:
-            raise self._unwritable(error) from error
+            for writer in self._writers:
+                writer.close()
+        finally:
+            try:
+                self._file.close()  # writes what a failed flush left in the buffer
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(
@@ -284,7 +292,8 @@ class _WeightsAndBiases:
     """Sends to Weights & Biases as its environment variables say, such as WANDB_MODE=offline.
 
     A resumed run goes on as the same run there. Steps that it has already, because they were
-    computed after the checkpoint, it ignores.
+    computed after the checkpoint, it ignores. What fails once the run has begun ends the sending,
+    not the run: the log's file has everything.
     """
 
     def __init__(self, out: Path, resumed_step: int, config: Mapping[str, Any]):
@@ -292,10 +301,11 @@ class _WeightsAndBiases:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise ConfigError(
-                "log.wandb=true needs wandb; install it with: pip install 'moefit[wandb]'"
+                f"log.wandb=true needs wandb ({error}); install it with: pip install "
+                "'moefit[wandb]'"
             ) from error
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 dir=str(out),
                 id=_wandb_id(out, is_new=not resumed_step),
                 resume="allow",
@@ -312,11 +322,19 @@ class _WeightsAndBiases:
             ) from error
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
-        if scalars:
-            self._run.log(dict(scalars), step=step)
+        if scalars and self._run is not None:
+            self._do(lambda run: run.log(dict(scalars), step=step))
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            self._do(lambda run: run.finish())
+
+    def _do(self, call: Callable[[Any], None]) -> None:
+        try:
+            call(self._run)
+        except Exception as error:  # noqa: BLE001 - of a process and a network that are not ours
+            self._run = None
+            _LOG.warning("warning: nothing more is sent to Weights & Biases: %s", error)
 
 
 def _wandb_id(out: Path, *, is_new: bool) -> str:

@@ -37,6 +37,23 @@ def data(tmp_path: Path) -> DataConfig:
     )
 
 
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_more_files_may_be_held_out_than_trained_on(tmp_path: Path, weight: float | None) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}: the cat sat on the mat.\n" * 60)
+    source = str(tmp_path / "a.txt")
+    prepared = prepare(
+        DataConfig(
+            sources=(source if weight is None else {"path": source, "weight": weight},),
+            held_out=tuple(str(tmp_path / f"{name}.txt") for name in "bc"),
+            vocab_size=280,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        seq_len=16,
+    )
+    assert len(texts_of(prepared, "held_out")) == 2
+
+
 def texts_of(prepared: PreparedData, side: str) -> list[str]:
     tokens = getattr(prepared, side).open()
     texts = str(prepared.tokenizer.decode(tokens.tolist())).split("<|endoftext|>")

@@ -281,7 +281,8 @@ def _scan(data: DataConfig, corpus: Split, progress: Progress) -> _CorpusScan:
             text = document.text.encode()
             digest.update(_entry(document.name, text))
             done[side] += len(text)
-            documents[document.source] += side == TRAIN
+            if side == TRAIN:  # held-out documents may be of files of their own
+                documents[document.source] += 1
             progress("reading", sum(done.values()), None)
     return _CorpusScan(
         fingerprint=digest.hexdigest()[:32],

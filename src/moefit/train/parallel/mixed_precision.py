@@ -8,11 +8,13 @@ would depend on the kernel.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 ROUNDED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -49,10 +51,45 @@ def round_weights(model: PreTrainedModel) -> None:
     for module in model.modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if names and module not in whole:
+            sum_rows_in_float32(module)
             rounded = _RoundedWeights(names=names)
             module.register_forward_pre_hook(rounded.enter)
             # Always: activation checkpointing ends a repeated pass early, by an exception.
             module.register_forward_hook(rounded.leave, always_call=True)
+
+
+def sum_rows_in_float32(module: nn.Module) -> None:
+    """Sum an embedding's gradient in float32, and round it once; in place.
+
+    On CPUs torch adds the rows of a token one by one in the dtype of the weights: a frequent
+    token's sum in bfloat16 stops growing after some hundred. Does nothing to other modules.
+    """
+    if type(module) is not nn.Embedding or module.max_norm is not None or module.sparse:
+        return
+    module.forward = MethodType(_embedded, module)  # a method, so that copies have their own
+
+
+def _embedded(module: nn.Embedding, ids: Tensor) -> Tensor:
+    return cast(Tensor, _Rows.apply(ids, module._parameters["weight"], module.padding_idx))
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a matrix, whose gradients are summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight_VD: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.padding = weight_VD.shape, weight_VD.dtype, padding
+        return functional.embedding(ids, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        (ids,), (gradient,) = ctx.saved_tensors, gradients
+        sums_VD = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        sums_VD.index_add_(0, ids.flatten(), gradient.reshape(-1, ctx.shape[1]).float())
+        if ctx.padding is not None:
+            sums_VD[ctx.padding] = 0
+        return None, sums_VD.to(ctx.dtype), None
 
 
 def _cast_inputs(router: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

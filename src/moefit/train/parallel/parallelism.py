@@ -42,6 +42,7 @@ from moefit.train.parallel.mixed_precision import (
     WHOLE,
     round_weights,
     routers_with_weights,
+    sum_rows_in_float32,
 )
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.settings import ParallelConfig
@@ -191,7 +192,9 @@ class DataParallel:
         policies = dict.fromkeys(
             (*layers, model), ROUNDED if self.mixed else MixedPrecisionPolicy()
         )
-        if self.mixed:  # before their layers
+        if self.mixed:  # routers before their layers
+            for module in model.modules():
+                sum_rows_in_float32(module)
             policies = dict.fromkeys(routers_with_weights(model), WHOLE) | policies
         for module, policy in policies.items():
             fully_shard(
