@@ -3,11 +3,12 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
+from socket import socket
 from time import monotonic
 from typing import Annotated
 
@@ -356,7 +357,10 @@ def _serve(
     traces = None if endpoint is None else traces_to(endpoint, settings.name)
     inherited = inherited_socket(os.environ)
     # Fails before loading if the port is taken.
-    with inherited or bind(settings.host, settings.port) as bound:
+    with (
+        _hangups(settings, inherited) as hangup,
+        inherited or bind(settings.host, settings.port) as bound,
+    ):
         if inherited is not None:
             host, port = inherited.getsockname()[:2]
             settings = replace(settings, host=host, port=port)
@@ -398,13 +402,20 @@ def _serve(
             backlog = Backlog(subject)
             if line := size_line(subject, served.budget.all_resident_bytes, total_bytes()):
                 say(line)
-            with note_hangups() if service.keys.path else nullcontext() as hangup:
-                _run(
-                    running,
-                    engine,
-                    lambda: _announce(service, url, monotonic() - began),
-                    lambda: _each_second(service, backlog, hangup),
-                )
+            _run(
+                running,
+                engine,
+                lambda: _announce(service, url, monotonic() - began),
+                lambda: _each_second(service, backlog, hangup),
+            )
+
+
+def _hangups(
+    settings: ServerSettings, inherited: socket | None
+) -> AbstractContextManager[HangUp | None]:
+    """Note SIGHUP where it may mean to read a file again, rather than that a terminal is gone."""
+    supervised = inherited is not None or "NOTIFY_SOCKET" in os.environ
+    return note_hangups() if supervised or settings.keys_file else nullcontext()
 
 
 @contextmanager
@@ -440,7 +451,8 @@ def _each_second(service: Service, backlog: Backlog, hangup: HangUp | None) -> N
     load = service.engine.stats()
     if line := backlog.observe(monotonic(), load.waiting, load.tokens_per_second):
         say(line)
-    if (hangup is not None and hangup.take()) or service.keys.changed():
+    asked = hangup is not None and hangup.take()
+    if service.keys.path is not None and (asked or service.keys.changed()):
         failures = service.keys.reloads["failed"]
         said = service.keys.reload()
         failed = service.keys.reloads["failed"] > failures

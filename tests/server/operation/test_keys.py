@@ -39,7 +39,20 @@ def test_file_of_keys(tmp_path: Path) -> None:
     assert (keys.by_name()["bob"].requests, keys.by_name()["bob"].tokens_per_minute) == (2, 600)
 
 
+def test_key_of_the_command_line_keeps_its_rights(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(ALICE)
+    with pytest.raises(ConfigError, match="'alice' is the key of --api-key"):
+        Keys(SECRET, tmp_path / "keys")
+    (tmp_path / "keys").write_text("keys:\n" + BOB)
+    keys = Keys(SECRET, tmp_path / "keys")
+    (tmp_path / "keys").write_text(ALICE)
+    assert "is the key of --api-key" in keys.reload()
+    client = keys.client(f"Bearer {SECRET}")
+    assert client is not None and client.operator
+
+
 BROKEN = [
+    ("keys: [{name: a, key: b, tokens_per_minute: 1" + 40 * "0" + "}]", "less than or equal"),
     ("", "keys"),
     ("keys: []", "at least 1"),
     (ALICE + ALICE.split("\n")[1], "name 'alice'"),

@@ -74,6 +74,18 @@ def test_requests_that_the_engine_refuses_are_given_back(tmp_path: Path) -> None
     assert limits.uses()["a"].running == 0
 
 
+def test_prompts_that_are_not_computed_are_not_counted(tmp_path: Path) -> None:
+    limits, _, _ = limits_of(tmp_path, tokens_per_minute=600)
+    for _ in range(5):
+        reserved = limits.reserve("a", 1, 500)
+        reserved.listener(lambda event: None)
+        reserved.release_unused(refused=1)
+    used = limits.uses()["a"]
+    assert (used.prompt_tokens, used.accepted, used.running) == (0, 0, 0)
+    end(limits.reserve("a", 1, 500))
+    assert used.prompt_tokens == 500
+
+
 def test_tokens_per_minute(tmp_path: Path) -> None:
     limits, _, clock = limits_of(tmp_path, tokens_per_minute=60)
     end(limits.reserve("a", 1, 50), tokens=30)  # 20 more than there are

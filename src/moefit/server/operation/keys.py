@@ -24,6 +24,7 @@ from moefit.yaml_text import load_yaml
 COMMAND_LINE = "api-key"
 """Name of the key from `--api-key`."""
 MAX_KEYS, MAX_FILE_BYTES = 1000, 1 << 20
+_LARGEST = 10**12  # limit
 _NAME = r"[A-Za-z0-9._-]{1,64}"
 _FORM = "lines such as `keys: [{name: alice, key: KEY}]`"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -77,8 +78,8 @@ class _Entry(BaseModel):
     key: str | None = None
     sha256: str | None = None
     operator: bool = False
-    requests: Annotated[int, Field(ge=1)] | None = None
-    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
 
 
 class _File(BaseModel):
@@ -224,7 +225,7 @@ class Keys:
         self._seen: _Signature | None = None
         from_file: tuple[Key, ...] = ()
         if path is not None:
-            from_file, self._seen = _load(path)
+            from_file, self._seen = self._load(path)
         self._keys = (*self._fixed, *from_file)  # replaced as a whole, never changed
         self.reloads = {"ok": 0, "failed": 0}
 
@@ -261,6 +262,17 @@ class Keys:
         key = self.find(authorization)
         return None if key is None else Client(key=key.name, operator=key.operator)
 
+    def _load(self, path: Path) -> tuple[tuple[Key, ...], _Signature]:
+        """Read a file, none of whose keys may be that of the command line: it has other rights."""
+        keys, signature = _load(path)
+        fixed = {key.digest for key in self._fixed}
+        if twin := next((key.name for key in keys if key.digest in fixed), None):
+            raise ConfigError(
+                f"--keys-file {path}: {twin!r} is the key of --api-key, which has its own rights; "
+                "remove one of the two"
+            )
+        return keys, signature
+
     def changed(self) -> bool:
         """Return whether the file has been written or replaced since it was last read."""
         if self.path is None:
@@ -279,7 +291,7 @@ class Keys:
         except OSError:
             self._seen = None  # told once
         try:
-            made, self._seen = _load(self.path)
+            made, self._seen = self._load(self.path)
         except ConfigError as error:
             self.reloads["failed"] += 1
             return f"warning: {error}; the {len(before)} keys before it stay in force"

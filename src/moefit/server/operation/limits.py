@@ -2,7 +2,8 @@
 
 Tokens are counted as they are computed, in a bucket that fills at the key's rate and holds one
 minute's worth. A request is admitted while the bucket is not empty; what it then takes may leave a
-debt, which later requests wait for.
+debt, which later requests wait for. So requests that start at once may take more together than a
+minute's worth: a limit of requests bounds that.
 """
 
 import threading
@@ -86,7 +87,7 @@ class KeyLimits:
             APIError: If they exceed the key's limits; with `Retry-After` if they would fit later.
         """
         if name is None:
-            return Reservation(self, None, 0)
+            return Reservation(self, None, 0, 0)
         with self._lock:
             use = self._admitted(name, requests)
             use.running += requests
@@ -94,7 +95,7 @@ class KeyLimits:
             use.prompt_tokens += prompt_tokens
             if use.bucket is not None:
                 use.bucket.level -= prompt_tokens
-        return Reservation(self, name, requests)
+        return Reservation(self, name, requests, prompt_tokens)
 
     def check(self, name: str | None) -> None:
         """Raise APIError if a key may not even send one request, before slow work for it."""
@@ -111,6 +112,17 @@ class KeyLimits:
             use.generated_tokens += generated
             if use.bucket is not None:
                 use.bucket.level -= generated
+
+    def give_back(self, name: str, *, requests: int, prompt_tokens: int, all_of_them: bool) -> None:
+        """Undo the counts of requests that were never queued."""
+        with self._lock:
+            if (use := self._uses.get(name)) is None:
+                return
+            use.running -= requests
+            use.prompt_tokens -= prompt_tokens
+            use.accepted -= all_of_them
+            if use.bucket is not None:
+                use.bucket.level += prompt_tokens
 
     def check_counts(self) -> None:
         """Raise AssertionError if a count is negative."""
@@ -187,10 +199,12 @@ class Reservation:
         limits: Where they count.
         name: Name of the key; None counts nothing.
         requests: Their number.
+        prompt_tokens: Tokens of their prompts.
     """
 
-    def __init__(self, limits: KeyLimits, name: str | None, requests: int):
+    def __init__(self, limits: KeyLimits, name: str | None, requests: int, prompt_tokens: int):
         self._limits, self._name, self._unused = limits, name, requests
+        self._requests, self._prompt_tokens = requests, prompt_tokens
 
     def listener(self, listener: Listener) -> Listener:
         """Return a listener of one of the requests, which counts its tokens and its end."""
@@ -209,13 +223,18 @@ class Reservation:
         return on_event
 
     def release_unused(self, *, refused: int = 0) -> None:
-        """End those requests that were never queued.
+        """End those requests that were never queued, and give back their share of the prompts.
 
         Args:
             refused: How many of those with a listener the engine refused.
         """
         if self._name is not None and (ended := self._unused + refused) > 0:
-            self._limits.used(self._name, ended=ended)
+            self._limits.give_back(
+                self._name,
+                requests=ended,
+                prompt_tokens=self._prompt_tokens * ended // self._requests,
+                all_of_them=ended == self._requests,
+            )
         self._unused = 0
 
 

@@ -25,6 +25,7 @@ _LOG = logging.getLogger("moefit.access")
 _POLLED = ("/health", "/metrics", "/v1/memory", "/v1/requests")
 _SCOPE_NAME = "moefit.client"
 _MAX_PATH = 200
+_MAX_METHOD = 32
 
 current_request: ContextVar[str | None] = ContextVar("moefit_request_id", default=None)
 """Id of the HTTP request that is being handled; None outside of requests."""
@@ -110,14 +111,14 @@ class RequestIdMiddleware:
             raise
         finally:
             _log_access(scope, status, monotonic() - began)
-            method, path = scope["method"], scope["path"][:_MAX_PATH]
+            method, path = scope["method"][:_MAX_METHOD], scope["path"][:_MAX_PATH]
             if self._failed is not None and status >= 500 and path not in _POLLED:
                 self._failed(f"{method} {path}: {status}", name)
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:
     """Log an answered request, unless it is one of those that are sent every few seconds."""
-    method, path = scope["method"], scope["path"][:_MAX_PATH]
+    method, path = scope["method"][:_MAX_METHOD], scope["path"][:_MAX_PATH]
     polled = method == "GET" and path in _POLLED and status < 400
     level = logging.DEBUG if polled else logging.INFO
     if not _LOG.isEnabledFor(level):

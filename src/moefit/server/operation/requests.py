@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Literal
 
 from pydantic import BaseModel
@@ -108,7 +108,8 @@ class RequestTable:
 
     def __init__(self, engine: Engine):
         self._engine, self._lock = engine, threading.Lock()
-        self._numbers = count(1)
+        # A server that takes over, or another one at the same socket, has other numbers.
+        self._numbers = count(time_ns() // 1000)
         self._running: dict[int, Running] = {}
 
     def add(self, request: Running) -> int:
