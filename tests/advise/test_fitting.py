@@ -93,6 +93,13 @@ def test_gradients_are_those_of_differences(name: str) -> None:
         assert gradient_P[index] == pytest.approx(slope, rel=2e-3, abs=1.0)
 
 
+def test_too_few_runs_beside_those_held_out_are_named_at_once() -> None:
+    runs = runs_of(CLARK)
+    few = replace(runs, used=runs.used[: len(CLARK.coefficients) + 2])
+    with pytest.raises(DataError, match=r"largest of .* held out: .* usable runs are too few"):
+        fit_law(few, CLARK, FitSettings(bootstrap=10**9, hold_out_largest=True))
+
+
 def test_intervals_and_held_out_errors_are_those_of_the_noise() -> None:
     noise = 0.004
     runs = runs_of(CLARK, noise=noise)

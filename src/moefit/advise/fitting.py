@@ -137,6 +137,8 @@ def fit_law(
     """
     check_enough(runs.used, form)
     settings = settings or FitSettings()
+    if settings.hold_out_largest:  # before the minutes that a bootstrap takes
+        _check_rest(runs.used, form)
     huber = settings.huber
     tell = progress or (lambda _name, _done, _total: None)
     data = _Data.of(form, runs.used, huber)
@@ -290,12 +292,26 @@ def _left_out(
     )
 
 
-def _extrapolated(form: Form, runs: Sequence[Run], huber: float) -> HeldOut:
-    """Fit without the runs of most compute, N * D, from the grid; return the errors on them."""
+def _without_largest(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return runs without those of most compute, N * D, and those."""
     ordered = sorted(runs, key=lambda one: one.parameters * one.tokens)
     count = max(1, round(_LARGEST * len(runs)))
-    kept, largest = ordered[:-count], ordered[-count:]
-    check_enough(kept, form)
+    return ordered[:-count], ordered[-count:]
+
+
+def _check_rest(runs: Sequence[Run], form: Form) -> None:
+    kept, largest = _without_largest(runs)
+    try:
+        check_enough(kept, form)
+    except DataError as error:
+        raise DataError(
+            f"without the {len(largest)} largest of {len(runs)} runs, which are held out: {error}"
+        ) from None
+
+
+def _extrapolated(form: Form, runs: Sequence[Run], huber: float) -> HeldOut:
+    """Fit without the runs of most compute, from the grid; return the errors on them."""
+    kept, largest = _without_largest(runs)
     theta_P, _ = _Data.of(form, kept, huber).from_grid()
     return _held_out(form, theta_P, largest)[1]
 

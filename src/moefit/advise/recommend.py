@@ -6,7 +6,7 @@ runs that the law was fitted to.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -307,9 +307,24 @@ def _opinion(question: Question, chosen: Candidate) -> Opinion:
             law=law.name, choice=None, tokens=0.0, regret=None, reason=_brief(law, question, error)
         )
     regret, reason = _regret(question, chosen, choice)
+    judged = [choice] if regret is None else [choice, chosen]
     return Opinion(
-        law=law.name, choice=choice.shape, tokens=choice.tokens, regret=regret, reason=reason
+        law=law.name,
+        choice=choice.shape,
+        tokens=choice.tokens,
+        regret=regret,
+        reason="; ".join(filter(None, [reason, _outside(law, judged)])),
     )
+
+
+_WORTH_SAYING = 1.1  # times outside of a law's runs
+
+
+def _outside(law: Law, judged: Sequence[Candidate]) -> str:
+    """Return how far a law is extrapolated for these models, if it is."""
+    found = [law.distances(one.shape, one.tokens).values() for one in judged]
+    factor = max([factor for one in found for _, factor in one], default=1.0)
+    return f"up to {factor:.2g} times outside its runs" if factor >= _WORTH_SAYING else ""
 
 
 def _brief(law: Law, question: Question, error: Exception) -> str:

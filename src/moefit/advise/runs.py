@@ -314,7 +314,8 @@ def _nearest(folder: Path) -> str:
     """Return what to give instead of a folder that is no run."""
     runs = [path.parent for path in sorted(folder.glob("*/config.yaml"))]
     if runs:
-        return f"it contains {len(runs)}, such as {runs[0]}: give {folder}/*"
+        pattern = f"{folder}/*/config.yaml"
+        return f"it contains {len(runs)}, such as {runs[0]}: give $(dirname {pattern})"
     return "give run folders, or one .csv file with a row per run"
 
 
