@@ -130,6 +130,83 @@ class _Rows(Structure):
     _fields_ = (("done", c_void_p), ("outputs", c_void_p))
 
 
+class _Call:
+    """The arguments and the results of calls that compute the same layers; see `compute_layers`."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layers: Sequence[LayerCall],
+        x_TD: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+    ):
+        self._kernels, self._number, self._tokens = kernels, len(layers), len(x_TD)
+        self._inputs = x_TD, cos_TR, sin_TR
+        self.sizes: RouterSizes = layers[0].router.sizes
+        self._structs, self._held = (_Layer * len(layers))(), list[Structure]()
+        segments = list[tuple[int, ...]]()
+        for one, struct in zip(layers, self._structs, strict=True):
+            block, of_layer = one.block.arguments(one.cache)
+            segments += of_layer
+            self._held.append(block)
+            experts = one.experts
+            struct.block, struct.router = addressof(block), one.router.address
+            struct.experts, struct.gated, struct.activation = (
+                experts.address, experts.gated, experts.activation,
+            )  # fmt: skip
+        self._segments = (SegmentStruct * len(segments))(*segments)
+        self._requests = len(segments) // len(layers)
+        self._make_results()
+
+    def _make_results(self) -> None:
+        x_TD, sizes = self._inputs[0], self.sizes
+        rows, chosen = (self._number, self._tokens), sizes.chosen
+        self._x_LTD = x_TD.new_empty(*rows, x_TD.shape[1])
+        self._logits_LTE = torch.empty(*rows, sizes.experts, dtype=sizes.logits)
+        self._weights_LTK = torch.empty(*rows, chosen, dtype=sizes.weights)
+        self.ids_LTK = torch.empty(*rows, chosen, dtype=torch.int64)
+        self._shares_LE = torch.empty(self._number, sizes.experts, dtype=torch.float32)
+        self._sum_TD, self._normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        made = (
+            self._x_LTD, self._logits_LTE, self._weights_LTK, self.ids_LTK, self._shares_LE,
+            self._sum_TD, self._normed_TD,
+        )  # fmt: skip
+        self._results = byref(_Results(*(one.data_ptr() for one in made)))
+        kinds = (NATIVE_DTYPES[dtype] for dtype in (x_TD.dtype, sizes.logits, sizes.weights))
+        self._sizes = byref(_Sizes(x_TD.shape[1], sizes.experts, chosen, *kinds))
+
+    def compute(self, first: int, rows: Any) -> int:
+        """Compute layers from `first` on, whose router has run if there are `rows`.
+
+        Returns:
+            The number of complete layers.
+        """
+        x, cos, sin = (one.data_ptr() for one in self._inputs)
+        return self._kernels.layers(
+            self._structs, first, self._number, self._sizes, self._segments, self._requests, x,
+            self._tokens, cos, sin, self._results, rows,
+        )  # fmt: skip
+
+    def compute_residents(self, layer: int, rows: Any) -> None:
+        """Compute the resident experts of a layer whose router has run, into `rows`."""
+        self._kernels.resident_rows(
+            self._structs, layer, self._sizes, self._tokens, self._results, rows
+        )
+
+    def output(self, complete: int) -> LayersOutput:
+        """Return what was made of so many layers, and of the next one."""
+        pending = None
+        if complete < self._number:
+            choice = Routing(self.ids_LTK[complete], self._weights_LTK[complete])
+            logits_TE = self._logits_LTE[complete]
+            pending = BlockOutput(self._sum_TD, self._normed_TD, logits_TE, choice)
+        return LayersOutput(
+            complete, self._x_LTD, self._logits_LTE, self._weights_LTK, self.ids_LTK,
+            self._shares_LE, pending,
+        )  # fmt: skip
+
+
 @outside_of_graphs
 def compute_layers(
     kernels: Kernels,
@@ -152,51 +229,17 @@ def compute_layers(
     Raises:
         Exception: Whatever `loads` raises.
     """
-    sizes: RouterSizes = layers[0].router.sizes
-    number, (tokens, width) = len(layers), x_TD.shape
-    structs, segments = (_Layer * number)(), list[tuple[int, ...]]()
-    held = list[Structure]()
-    for one, struct in zip(layers, structs, strict=True):
-        block, of_layer = one.block.arguments(one.cache)
-        segments += of_layer
-        held.append(block)
-        experts = one.experts
-        struct.block, struct.router = addressof(block), one.router.address
-        struct.experts, struct.gated, struct.activation = (
-            experts.address, experts.gated, experts.activation,
-        )  # fmt: skip
-    x_LTD = x_TD.new_empty(number, tokens, width)
-    logits_LTE = torch.empty(number, tokens, sizes.experts, dtype=sizes.logits)
-    weights_LTK = torch.empty(number, tokens, sizes.chosen, dtype=sizes.weights)
-    ids_LTK = torch.empty(number, tokens, sizes.chosen, dtype=torch.int64)
-    shares_LE = torch.empty(number, sizes.experts, dtype=torch.float32)
-    sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    made = x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, sum_TD, normed_TD
-    kinds = (NATIVE_DTYPES[dtype] for dtype in (x_TD.dtype, sizes.logits, sizes.weights))
-    shared_sizes = byref(_Sizes(width, sizes.experts, sizes.chosen, *kinds))
-    results = byref(_Results(*(one.data_ptr() for one in made)))
-    segment_structs = (SegmentStruct * len(segments))(*segments)
-
-    def compute(first: int, rows: Any) -> int:
-        return kernels.layers(
-            structs, first, number, shared_sizes, segment_structs, len(segments) // number,
-            x_TD.data_ptr(), tokens, cos_TR.data_ptr(), sin_TR.data_ptr(), results, rows,
-        )  # fmt: skip
-
-    complete = compute(0, None)
+    call = _Call(kernels, layers, x_TD, cos_TR, sin_TR)
+    complete = call.compute(0, None)
     y_RD: Tensor | None = None
-    while complete < number and loads is not None:
-        if not loads.begin(complete, ids_LTK[complete].flatten().tolist()):
+    while complete < len(layers) and loads is not None:
+        if not loads.begin(complete, call.ids_LTK[complete].flatten().tolist()):
             break
         if y_RD is None:
-            y_RD = torch.empty(tokens * sizes.chosen, width, dtype=torch.float32)
-        done = (c_int8 * sizes.experts)()
+            y_RD = torch.empty(call.ids_LTK[0].numel(), x_TD.shape[1], dtype=torch.float32)
+        done = (c_int8 * call.sizes.experts)()
         rows = byref(_Rows(addressof(done), y_RD.data_ptr()))
-        kernels.resident_rows(structs, complete, shared_sizes, tokens, results, rows)
+        call.compute_residents(complete, rows)
         loads.wait()
-        complete = compute(complete, rows)
-    pending = None
-    if complete < number:
-        choice = Routing(ids_LTK[complete], weights_LTK[complete])
-        pending = BlockOutput(sum_TD, normed_TD, logits_LTE[complete], choice)
-    return LayersOutput(complete, x_LTD, logits_LTE, weights_LTK, ids_LTK, shares_LE, pending)
+        complete = call.compute(complete, rows)
+    return call.output(complete)

@@ -248,8 +248,8 @@ def reserve_caches(
 
     Only layers that are exactly `DynamicLayer` are replaced. Of layers with a sliding window, empty
     ones are, if all of a cache's are of transformers' plain class: by `Int8Layer`, or by
-    `ReservedLayer` where memory for `limit` tokens in every layer is reserved anyway and attention
-    is told the window (`INT8_NAME`). All keys are kept then. Other subclasses store other states.
+    `ReservedLayer` where memory for `limit` tokens in every layer is reserved anyway and masks
+    contain the window (`INT8_NAME`). All keys are kept then. Other subclasses store other states.
 
     Args:
         model: The model.
@@ -270,7 +270,7 @@ def reserve_caches(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.is_grad_enabled():
             return None
-        windows = int8 or (limit() is not None and _is_told_windows(model))
+        windows = int8 or (limit() is not None and _has_window_masks(model))
         given = given_cache(named)
         cache = given
         if cache is None and windows and (int8 or len(inputs) <= 1):
@@ -300,8 +300,8 @@ def _new_cache(model: nn.Module, named: dict[str, Any], *, int8: bool) -> Cache 
     return DynamicCache(config=config) if wanted else None
 
 
-def _is_told_windows(model: nn.Module) -> bool:
-    """Return whether masks of the model's attention say which window they are of."""
+def _has_window_masks(model: nn.Module) -> bool:
+    """Return whether masks for the model's attention contain their window."""
     config = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None) == INT8_NAME
 

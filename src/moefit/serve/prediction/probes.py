@@ -5,7 +5,7 @@ router. The safetensors file has one per MoE block and distance. Its metadata sa
 and text they were fitted on and how well they predict, and has a checksum of each tensor and one of
 itself. Experts alone identify a packed store; what a probe predicts depends on all other weights
 too, so their bytes are sampled besides. Files are written under a temporary name and renamed. A
-file that does not fit is not used, and the reason is told.
+file that does not fit is ignored, and a note gives the reason.
 
 Shapes: T tokens, D model width, E experts.
 """
