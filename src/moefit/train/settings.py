@@ -218,6 +218,17 @@ class ExpertDropoutConfig(Strict):
     """Compute sequences with few experts twice: with all experts, where the text is the target, and
     with few, where the prediction with all experts is. A step then computes up to twice as many
     sequences."""
+    distillation_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of what a sequence with few experts adds to the loss by self-distillation."""
+
+    @model_validator(mode="after")
+    def _check_the_weight_has_an_effect(self) -> Self:
+        if self.distillation_weight != 1 and not self.self_distillation:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight:g} has no effect with "
+                "self_distillation=false; leave it out, or give self_distillation=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_all_experts_are_trained(self) -> Self:

@@ -183,7 +183,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
     budget: BudgetAware | None = None,
     teacher: GateTeacher | None = None,
     allowed: AllowedExperts | None = None,
-    distill: bool = False,
+    distill: float = 0.0,
     total: Total = identity,
     nodes: NodeLocality | None = None,
     document_end: int | None = None,
@@ -201,8 +201,9 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         budget: Adds the loss on choices that a server with few slots would fetch.
         teacher: Adds the loss that keeps pre-gated routers near those that they replace.
         allowed: Limits which experts each sequence may use.
-        distill: Whether sequences with few experts are computed twice: with all experts, where the
-            text is the target, and with few, where the prediction with all experts is.
+        distill: If not 0, sequences with few experts are computed twice: with all experts, where
+            the text is the target, and with few, where the prediction with all experts is. The
+            weight of the second.
         total: Adds the sums that router losses depend on over the processes of a batch.
         nodes: Adds LocMoE's locality loss.
         document_end: Token that ends a document, whose tokens see no other; None for one stretch.
@@ -225,7 +226,7 @@ def make_losses(  # noqa: PLR0913 - the parts of a loss
         if few_B is not None:
             teacher_CNV = output.logits[:given][few_B].detach()
             loss = distillation_loss(output.logits[given:], teacher_CNV)
-            lm_loss = lm_loss + few_B.float().mean() * loss
+            lm_loss = lm_loss + distill * few_B.float().mean() * loss
         mlp_logits, attention_logits = (
             tuple(logits[: len(logits) * given // len(ids)] for logits in layers)
             for layers in (output.router_logits, output.get("attention_router_logits", ()))

@@ -149,7 +149,7 @@ class Trainer:
                 budget=self.budget,
                 teacher=self.teacher,
                 allowed=self.allowed,
-                distill=self.dropout is not None and self.dropout.settings.self_distillation,
+                distill=0.0 if self.dropout is None else self.dropout.distillation_weight,
                 total=self.parallel.total,
                 nodes=self.nodes,
                 document_end=self.document_end,

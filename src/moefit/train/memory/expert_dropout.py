@@ -146,6 +146,11 @@ class ExpertDropout:
         return tuple(sorted(counts, reverse=True))
 
     @property
+    def distillation_weight(self) -> float:
+        """Weight of self-distillation; 0 without it."""
+        return self.settings.distillation_weight if self.settings.self_distillation else 0.0
+
+    @property
     def third(self) -> int:
         """A third of the experts, but at least `least`."""
         return max(self.least, round(self.num_experts / 3))
