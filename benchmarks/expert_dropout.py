@@ -1,22 +1,24 @@
 """What does a model that was trained with experts absent lose when only some are in memory?
 
     python benchmarks/expert_dropout.py base=MODEL[,MODEL...] NAME=MODEL[,MODEL...]...
-        [--text FILE] [--rules RULE,...] [--formats int4,int2] [--save NAME]
+        [--text FILE] [--rules RULE,...] [--formats int4,int2] [--mode-tokens exact=1024,...]
+        [--save NAME]
 
 The first name is the base that the others are compared with; all must have the same tokenizer.
 Several models of one name are seeds: the first is compared with the base's first, and so on, and
-means over seeds come with their standard errors. `expert_dropout_runs.py` trains such models.
-Measurements on the same text, which none of them has seen (by default the held-out standard
-library):
+means over seeds come with their standard errors and 95% intervals (Student's t).
+`expert_dropout_runs.py` trains such models. Measurements on the same text, which none of them has
+seen (by default the held-out standard library):
 
 - in one pass per window, over `--full-tokens`: perplexity with all experts and its difference to
   the base's, also by inference rule (`--rules`, of DS-MoE models), and with few experts per layer,
   chosen as for `fixed` below;
-- with few experts: step by step over `--tokens`, as a server decodes, with a share of each layer's
-  experts in memory, against the same model with all of them. `bounded-0.6` is bounded mode that may
-  substitute 60% of a token's router weight. `fixed` is virtual mode without swaps:
-  the residents are the first ones of the order that the model records, or, where it records none,
-  the most important ones of other windows of the same text;
+- with few experts: step by step over `--tokens` (or `--mode-tokens`), as a server decodes, with a
+  share of each layer's experts in memory, against the same model with all of them, and against the
+  base with all of them. `bounded-0.6` is bounded mode that may substitute 60% of a token's router
+  weight. `fixed` is virtual mode without swaps: the residents are the first ones of the order that
+  the model records, or, where it records none, the most important ones of other windows of the
+  same text;
 - with `--formats`: `fixed` with experts in these formats, all and a third of them, against the same
   model with all experts in its own dtype.
 
@@ -36,9 +38,10 @@ from typing import Any
 
 import record
 import torch
-from matplotlib.figure import Figure
+from expert_dropout_picture import draw
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student_t
 from subject import Subject, as_text, summarised
 from torch import Tensor
 from torch.nn import functional as F
@@ -89,12 +92,14 @@ def main() -> None:
     if len({len(folders) for folders in models.values()}) > 1:
         raise SystemExit("give as many models (seeds) of each name as of the base")
     seeds = range(len(next(iter(models.values()))))
+    mode_tokens(arguments)  # refused before anything is measured
     full = [
         full_memory({name: folders[seed] for name, folders in models.items()}, arguments)
         for seed in seeds
     ]
     known = Points(arguments.points)
     results: dict[str, Any] = {}
+    base = next(iter(models))
     for name, folders in models.items():
         of_seeds = [
             {
@@ -104,8 +109,9 @@ def main() -> None:
             }
             for seed in seeds
         ]
-        results[name] = {"mean": mean(of_seeds), "seeds": of_seeds}
-        Console(width=120).print(table(name, results[name], results[next(iter(models))]))
+        of_base = results[base]["seeds"] if results else of_seeds
+        results[name] = {"mean": mean(of_seeds, of_base), "seeds": of_seeds}
+        Console(width=120).print(table(name, results[name], results[base]))
     if arguments.save:
         path = record.write("expert-dropout", results, notes=NOTES, suffix=arguments.save)
         draw(results, path.with_suffix(".png"))
@@ -113,13 +119,16 @@ def main() -> None:
 
 
 NOTES = (
-    "mean: over seeds, with the standard error of the mean over seeds (null for one seed); "
+    "mean: over seeds, with the standard error of the mean over seeds and half of its 95% interval "
+    "by Student's t (null for one seed); "
     "full_memory: perplexity with all experts; to_base: the difference to the base of the same "
     "seed, with its standard error over windows; rules: the same by inference rule; few: with only "
     "so many experts per layer, chosen as for fixed, in one pass per window; loss: perplexity step "
     "by step over that of the same model with all experts in its own dtype, less one; error: the "
-    "standard error of its logarithm over windows; bytes_per_token: read from storage; fixed: "
-    "virtual mode without swaps"
+    "standard error of its logarithm over windows; nats: per window, the mean loss with all "
+    "experts and step by step; to_base of points: perplexity over the base's with all experts on "
+    "the same windows, less one; bytes_per_token: read from storage; bytes_to_base: over the "
+    "base's at the same point; fixed: virtual mode without swaps"
 )
 
 
@@ -132,7 +141,8 @@ class Points:
 
     @staticmethod
     def _key(labels: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(labels[name] for name in ("model", "seed", "format", "mode", "share"))
+        names = ("model", "seed", "format", "mode", "share", "windows")
+        return tuple(labels[name] for name in names)
 
     def measured(self, labels: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Any:
         """Return the point with these labels; measure it if it is not known."""
@@ -151,6 +161,7 @@ def points_of(
     """Measure a model step by step."""
     modes, formats = arguments.modes.split(","), list(filter(None, arguments.formats.split(",")))
     shares = list(map(float, filter(None, arguments.shares.split(","))))
+    tokens = mode_tokens(arguments)
     wanted = [
         ("native", mode, share) for share in shares for mode in (modes if share < 1 else modes[:1])
     ]
@@ -162,24 +173,40 @@ def points_of(
     for format_, mode, share in wanted:
         labels = {"model": name, "seed": seed, "format": format_, "mode": mode}
         labels["share"] = round(share, 4)
-        measure = partial(measured, subject, format_, mode, share)
+        labels["windows"] = tokens.get(mode, arguments.tokens) // arguments.context
+        measure = partial(measured, subject, labels, share)
         points.append(known.measured(labels, measure))
     return points
 
 
-def mean(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+def mode_tokens(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the tokens of the modes that have a number of their own, as `--mode-tokens` says."""
+    pairs = (one.split("=", 1) for one in filter(None, arguments.mode_tokens.split(",")))
+    found = {mode: int(tokens) for mode, tokens in pairs}
+    if unknown := found.keys() - {*arguments.modes.split(","), "fixed"}:
+        raise SystemExit(f"--mode-tokens: not measured: {', '.join(sorted(unknown))}")
+    if any(not arguments.context <= tokens <= arguments.tokens for tokens in found.values()):
+        raise SystemExit("--mode-tokens: from --context to --tokens")
+    return found
+
+
+def mean(of_seeds: list[dict[str, Any]], of_base: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the means over seeds of what a table shows."""
     full = [one["full_memory"] for one in of_seeds]
     few = {
         count: {key: _mean([one["few"][count][key] for one in full]) for key in ("loss", "to_base")}
         for count in full[0]["few"]
     }
+    pairs = zip(of_seeds, of_base, strict=True)
+    by_seed = [list(zip(own["points"], base["points"], strict=True)) for own, base in pairs]
     points = [
         {
-            **{key: same[0][key] for key in ("format", "mode", "share")},
-            **{key: _mean([one[key] for one in same]) for key in ("loss", "bytes_per_token")},
+            **{key: same[0][0][key] for key in ("format", "mode", "share", "windows")},
+            **{key: _mean([own[key] for own, _ in same]) for key in ("loss", "bytes_per_token")},
+            "to_base": _mean([_point_to_base(own, base) for own, base in same]),
+            "bytes_to_base": _mean([_bytes_to_base(own, base) for own, base in same]),
         }
-        for same in zip(*(one["points"] for one in of_seeds), strict=True)
+        for same in zip(*by_seed, strict=True)
     ]
     return {
         "perplexity": _mean([one["perplexity"] for one in full]),
@@ -189,9 +216,25 @@ def mean(of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean(values: list[float]) -> dict[str, float | None]:
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": fmean(values), "error": error}
+def _point_to_base(own: dict[str, Any], base: dict[str, Any]) -> float:
+    pairs = zip(own["nats"], base["nats"], strict=True)
+    return math.expm1(fmean(stepwise - full for (_, stepwise), (full, _) in pairs))
+
+
+def _bytes_to_base(own: dict[str, Any], base: dict[str, Any]) -> float | None:
+    read = base["bytes_per_token"]
+    return own["bytes_per_token"] / read if read else None
+
+
+def _mean(values: list[Any]) -> dict[str, float | None]:
+    """Mean, standard error and half of the 95% interval; without values, nothing."""
+    if None in values:
+        return {"mean": None, "error": None, "interval": None}
+    if len(values) < 2:
+        return {"mean": fmean(values), "error": None, "interval": None}
+    error = stdev(values) / math.sqrt(len(values))
+    half = float(student_t.ppf(0.975, len(values) - 1)) * error
+    return {"mean": fmean(values), "error": error, "interval": half}
 
 
 def parse() -> argparse.Namespace:
@@ -199,6 +242,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL[,MODEL...]")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument(
+        "--mode-tokens", default="", help="fewer tokens for some modes, such as exact=1024"
+    )
     parser.add_argument("--full-tokens", type=int, default=32768)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--modes", default=DEFAULT_MODES)
@@ -307,8 +353,9 @@ def _loss(model: Any, window_L: Tensor, limit: dict[str, Any]) -> float:
     return F.cross_entropy(logits_TV.float(), window_L[1:]).item()
 
 
-def measured(subject: Subject, format_: str, mode: str, share: float) -> dict[str, Any]:
+def measured(subject: Subject, labels: dict[str, Any], share: float) -> dict[str, Any]:
     """One mode at one share of the experts of each layer, on a model loaded for it."""
+    format_, mode = labels["format"], labels["mode"]
     ids_T = torch.cat(subject.calibration)
     context = len(ids_T) if mode == "fixed" else subject.context
     own = nullcontext() if format_ == "native" else subject.load(mode="exact")
@@ -322,9 +369,10 @@ def measured(subject: Subject, format_: str, mode: str, share: float) -> dict[st
             score_steps(served, as_text(subject.calibration[0]))  # warm
         scores = [
             score_steps(served, as_text(window_L), reference=reference)
-            for window_L in subject.scored
+            for window_L in subject.scored[: labels["windows"]]
         ]
-    return summarised(scores)
+    nats = [[math.log(one.full), math.log(one.stepwise)] for one in scores]
+    return {**summarised(scores), "nats": nats}
 
 
 def _fix(served: ServedModel, ids_T: Tensor) -> None:
@@ -345,79 +393,27 @@ def table(name: str, result: dict[str, Any], base: dict[str, Any]) -> Table:
         + ", ".join(f"{few} {_shown(one['loss'])}" for few, one in means["few"].items()),
         title_justify="left",
     )
-    for heading in ("format", "experts", "mode", "loss", "base's", "read/token", "base's"):
+    headings = ("format", "experts", "mode", "loss", "base's", "to base", "read/token", "of base's")
+    for heading in headings:
         out.add_column(heading, justify="left" if heading == "mode" else "right", no_wrap=True)
     for one, other in zip(means["points"], base["mean"]["points"], strict=True):
+        ratio = one["bytes_to_base"]["mean"]
         out.add_row(
             one["format"],
-            f"{one['share']:.0%}",
+            f"{one['share']:.1%}",
             one["mode"],
             _shown(one["loss"]),
             _shown(other["loss"]),
-            *(f"{x['bytes_per_token']['mean'] / 1024:.0f} KiB" for x in (one, other)),
+            _shown(one["to_base"]),
+            f"{one['bytes_per_token']['mean'] / 1024:.0f} KiB",
+            "" if ratio is None else f"{ratio:.2f}",
         )
     return out
 
 
 def _shown(value: dict[str, Any]) -> str:
-    error = "" if value["error"] is None else f" +- {value['error']:.1%}"
+    error = "" if value["error"] is None else f" ± {value['error']:.1%}"
     return f"{value['mean']:+.1%}{error}"
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the losses with few experts, a panel for each mode, and losses over bytes at a third."""
-    measured = {point["mode"] for result in results.values() for point in result["mean"]["points"]}
-    modes = [mode for mode in ("virtual", "bounded", "exact") if mode in measured]
-    third = [1] if "exact" in modes else []
-    panels = 1 + len(modes) + len(third)
-    figure = Figure(figsize=(4.3 * panels, 4.2), layout="constrained")
-    axes_of = figure.subplots(1, panels, squeeze=False)[0]
-    for name, result in results.items():
-        few = result["mean"]["few"].items()
-        experts = int(result["seeds"][0]["full_memory"]["experts"])
-        _line(axes_of[0], name, [(100 * int(n) / experts, one["loss"], 100) for n, one in few])
-        for axes, mode in zip(axes_of[1:], modes, strict=False):
-            key, scale = ("bytes_per_token", 1 / 1024) if mode == "exact" else ("loss", 100)
-            points = [one for one in result["mean"]["points"] if one["format"] == "native"]
-            line = [one for one in points if one["mode"] == mode]
-            line = sorted(line, key=lambda one: one["share"])
-            _line(axes, name, [(100 * one["share"], one[key], scale) for one in line])
-        for _ in third:
-            _draw_bytes(axes_of[-1], name, result["mean"])
-    titles = ("fixed, one pass per window", *modes, *("a third: exact and bounded" for _ in third))
-    for axes, title in zip(axes_of, titles, strict=True):
-        axes.set_title(title)
-        axes.set_xlabel("KiB per token" if title.startswith("a third") else "experts in memory, %")
-        axes.set_ylabel("KiB per token" if title == "exact" else "perplexity above all experts, %")
-        axes.grid(alpha=0.3)
-        if title in ("fixed, one pass per window", "virtual"):
-            axes.set_yscale("symlog", linthresh=5)
-    if third:
-        axes_of[-1].set_ylabel("perplexity above the base in full memory, %")
-        axes_of[-1].set_xlim(left=0)
-    axes_of[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_bytes(axes: Any, name: str, means: dict[str, Any]) -> None:
-    """Draw what a third of the experts costs beside the base in full memory, over what it reads."""
-    found = sorted(
-        (
-            one["bytes_per_token"]["mean"] / 1024,
-            100 * ((1 + means["to_base"]["mean"]) * (1 + one["loss"]["mean"]) - 1),
-        )
-        for one in means["points"]
-        if one["format"] == "native"
-        and abs(one["share"] - 1 / 3) < 1e-3
-        and one["mode"].startswith(("exact", "bounded"))
-    )
-    axes.plot(*zip(*found, strict=True), "o-", ms=4, label=name)
-
-
-def _line(axes: Any, name: str, points: list[tuple[float, dict[str, Any], float]]) -> None:
-    xs, values = [x for x, _, _ in points], [one["mean"] * scale for _, one, scale in points]
-    errors = [(one["error"] or 0) * scale for _, one, scale in points]
-    axes.errorbar(xs, values, errors, fmt="o-", ms=4, capsize=2, label=name)
 
 
 if __name__ == "__main__":
