@@ -37,7 +37,13 @@ import moefit
 from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
 from moefit.engine.sampler import Sampler
-from moefit.engine.speculation.drafts import Draft, Drafter, LookupDrafter, SpeculationStats
+from moefit.engine.speculation.drafts import (
+    Draft,
+    DraftedRequest,
+    Drafter,
+    LookupDrafter,
+    SpeculationStats,
+)
 from moefit.serve.model import ServedModel
 
 ARMS = ("off", "auto", "always")
@@ -141,6 +147,7 @@ class Known:
     """Drafts the tokens of known answers, each right with a given probability."""
 
     name = "known answers"
+    computes = False
 
     def __init__(self, size: int):
         self._size, self._accept, self._chance = size, 0.0, random.Random(1)
@@ -153,11 +160,16 @@ class Known:
         self._answers = {tuple(one): a for one, a in zip(prompts, answers, strict=True)}
         self._accept = accept
 
-    def open(self, request: str) -> None:
+    def open(self, request: str, about: DraftedRequest) -> None:
         """Do nothing."""
 
     def close(self, request: str) -> None:
         """Do nothing."""
+
+    def behind(self, request: str, tokens: int) -> int:
+        """Return 0."""
+        del request, tokens
+        return 0
 
     def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
         """Return what follows, with wrong tokens in it."""

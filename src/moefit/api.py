@@ -6,6 +6,7 @@ and loads it with `serve/load.py`.
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def load(
             f"use {', '.join(sorted(load_fields | policy_fields))}"
         )
     loading = {name: value for name, value in settings.items() if name in load_fields}
+    if loading.get("draft") is not None:
+        loading["draft"] = draft_folder_of(loading["draft"])
     policy = {name: value for name, value in settings.items() if name not in load_fields}
     chosen = LoadSettings(memory=memory, mode=mode, device=device, **loading)
     return load_folder(folder_of(model), chosen, progress=progress, **policy)
@@ -84,11 +87,20 @@ def folder_of(model: str | Path) -> Path:
         CheckpointError: There is no such model, neither here nor on the Hub.
         UnsupportedModelError: The model on the Hub cannot be served.
     """
+    return _folder_of(model, refuse_unservable)
+
+
+def draft_folder_of(model: str | Path) -> Path:
+    """Return the folder of a draft model, as `folder_of`; it may have no experts."""
+    return _folder_of(model, lambda folder: None)
+
+
+def _folder_of(model: str | Path, refuse: Callable[[Path], None]) -> Path:
     name = str(model)
     if Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name):
         return locate(name)
     try:
-        return download(name, refuse_unservable)
+        return download(name, refuse)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no folder {name!r}, and downloading it from the Hugging Face Hub failed: "

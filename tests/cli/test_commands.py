@@ -101,6 +101,9 @@ def test_generate_with_drafts_prints_the_same(saved):
     command = ("generate", saved, "some some some some", "--max-new-tokens", "12")
     plain = run(*command, "--mode", "exact").stdout
     assert run(*command, "--speculate", "ngram").stdout == plain
+    assert run(*command, "--speculate", f"draft:{saved}").stdout == plain
+    with pytest.raises(ConfigError, match="one of off, ngram, draft:MODEL"):
+        run(*command, "--speculate", "eagle")
     drawn = run(*command, "--speculate", "ngram", "--temperature", "1", "--seed", "3")
     assert "draws other tokens" in drawn.stderr and drawn.stdout != plain
     with pytest.raises(DataError, match="the prompt is empty"):
@@ -121,6 +124,12 @@ def test_generate_reserves_what_drafting_takes(saved, monkeypatch):
         run(*command)
     assert given["sequences"] == 1 and given["draft_rows"] == MAX_STEP_DRAFTS
     assert given["helpers"] == 1000 * LOOKUP_BYTES
+    given.clear()
+    with pytest.raises(MoefitError, match="enough"):
+        run(*command[:4], f"draft:{saved}")
+    assert given["draft_rows"] == MAX_STEP_DRAFTS and str(given["draft"]) == str(saved)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        run(*command[:4], "draft:nowhere/at/all")
 
 
 def test_generate_uses_sampling_options(saved):

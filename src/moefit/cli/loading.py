@@ -14,12 +14,13 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from moefit.api import folder_of, load
+from moefit.api import draft_folder_of, folder_of, load
 from moefit.cli.app import console, logs_json, say, status
 from moefit.cli.options import KvCache, PrefetchName, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
+from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS, Speculate
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import computed_whole
@@ -33,8 +34,9 @@ from moefit.serve.hf.generation_config import HUB_CODE, GenerationDefaults
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.load import Progress
+from moefit.serve.memory.activations import KERNEL_FIRST_USE
 from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes, part_label
-from moefit.serve.memory.estimate import InitialFormats, memory_budget
+from moefit.serve.memory.estimate import InitialFormats, draft_bytes, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
 from moefit.serve.prediction.prefetch import PREGATED, PROBES
@@ -93,7 +95,8 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     with status("planning"):
         drafts = settings.get("draft_rows", 0)
         rows = settings["sequences"] + drafts if "sequences" in settings else None
-        plan = plan_for(model, options, rows, settings.get("helpers", 0))
+        helpers = settings.get("helpers", 0) + _planned_draft(options, settings)
+        plan = plan_for(model, options, rows, helpers)
     say(f"plan: {in_a_line(plan)}")
     device = {
         "host_memory": options.host_memory,
@@ -112,6 +115,19 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     say_packing(plan, model)
     _say_summary(served, model, options)
     return served, plan
+
+
+def _planned_draft(options: ServingOptions, settings: Mapping[str, Any]) -> int:
+    """Return the bytes of the draft model, which planning knows nothing of."""
+    if settings.get("draft") is None:
+        return 0
+    own = LoadSettings(
+        draft=settings["draft"],
+        device=options.device,
+        context=options.context,
+        sequences=settings["sequences"],
+    )
+    return draft_bytes(own, KERNEL_FIRST_USE)
 
 
 @contextmanager
@@ -247,6 +263,26 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
         "prompt_logits": PROMPT_LOGITS_BYTES,
         "helpers": RENDER_RESIDENT,
     }
+
+
+def draft_memory(speculate: Speculate, context: int) -> dict[str, Any]:
+    """Return what drafting takes beside the model, as settings of `moefit.load`.
+
+    Args:
+        speculate: Where drafts come from.
+        context: Tokens of all requests together.
+
+    Raises:
+        CheckpointError: There is no such draft model.
+
+    >>> draft_memory(Speculate(), 2048)
+    {}
+    """
+    if speculate.setting == "off":
+        return {}
+    if speculate.draft is not None:
+        return {"draft_rows": MAX_STEP_DRAFTS, "draft": draft_folder_of(speculate.draft)}
+    return {"draft_rows": MAX_STEP_DRAFTS, "helpers": LOOKUP_BYTES * context}
 
 
 def import_serving_commands() -> None:

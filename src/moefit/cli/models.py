@@ -28,6 +28,7 @@ from moefit.cli.app import (
     say,
 )
 from moefit.cli.loading import (
+    draft_memory,
     dropout_line,
     estimate_table,
     import_serving_commands,
@@ -50,8 +51,7 @@ from moefit.cli.options import (
     PrefetchName,
     SamplingOptions,
     ServingOptions,
-    Speculate,
-    SpeculateName,
+    SpeculateOption,
     expand_options,
     torch_dtype,
 )
@@ -60,7 +60,7 @@ from moefit.dsmoe.card import ModelCard, model_card
 from moefit.dsmoe.presets import preset_names
 from moefit.engine.api import SamplingParams
 from moefit.engine.one_request import answer
-from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS
+from moefit.engine.speculation.drafts import Speculate, SpeculateSetting
 from moefit.errors import ConfigError, DataError
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.evaluated_model import evaluated_model
@@ -160,7 +160,7 @@ def generate(
     max_new_tokens: Annotated[int, option("Maximum number of new tokens.", min=1)] = 128,
     sampling: SamplingOptions = _SEED_0,
     generation_config: GenerationConfig = Following.auto,
-    speculate: Speculate = SpeculateName.off,
+    speculate: SpeculateOption = "off",
     options: ServingOptions = SERVING,
 ) -> None:
     """Print the continuation to standard output as it is generated."""
@@ -169,15 +169,16 @@ def generate(
     torch.manual_seed(sampling.seed or 0)
     folder = folder_of(model)
     refuse_without_tokenizer(folder)
-    drafts = speculate is not SpeculateName.off
+    drafting = Speculate.parse(speculate)
+    drafts = drafting.setting != "off"
     if drafts or is_served(model, options):
-        more = {"sequences": 1, **_draft_memory(options.context)} if drafts else {}
+        more = {"sequences": 1, **draft_memory(drafting, options.context)} if drafts else {}
         with load_served(model, options, generation_config=following, **more) as served:
             say_generation(served.generation, engine=drafts)
             if rule is not None:
                 use_rule(served.model, Rule.parse(rule))
             if drafts:
-                _stream_drafted(served, prompt, how, sampling.seed or 0, speculate)
+                _stream_drafted(served, prompt, how, sampling.seed or 0, drafting.setting)
                 return
             _stream(served.model, served.tokenizer, prompt, how)
         return
@@ -188,11 +189,6 @@ def generate(
     say_generation(use_generation_config(loaded, folder, tokenizer, following), engine=False)
     with nullcontext() if rule is None else evaluated_model(loaded).use(Rule.parse(rule)):
         _stream(loaded, tokenizer, prompt, how)
-
-
-def _draft_memory(context: int) -> dict[str, int]:
-    """Return what drafting takes beside the model, as `LoadSettings` has it."""
-    return {"draft_rows": MAX_STEP_DRAFTS, "helpers": LOOKUP_BYTES * context}
 
 
 def _generate_arguments(sampling: SamplingOptions) -> dict[str, Any]:
@@ -230,7 +226,7 @@ def _stream(
 
 
 def _stream_drafted(
-    served: ServedModel, prompt: str, how: dict[str, Any], seed: int, speculate: SpeculateName
+    served: ServedModel, prompt: str, how: dict[str, Any], seed: int, speculate: SpeculateSetting
 ) -> None:
     """Print the continuation, by the engine: the greedy tokens of `_stream` without beams."""
     ids = served.tokenizer(prompt, return_token_type_ids=False)["input_ids"]
@@ -247,7 +243,7 @@ def _stream_drafted(
         print(served.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
     params = SamplingParams(max_tokens=how["max_new_tokens"], seed=seed, **chosen)
     show = partial(print, end="", flush=True)
-    answer(served, list(ids), params, speculate=speculate.value, show=show, remark=say)
+    answer(served, list(ids), params, speculate=speculate, show=show, remark=say)
     print()
 
 

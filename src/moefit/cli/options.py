@@ -64,13 +64,6 @@ class PrefetchName(StrEnum):
     off = "off"
 
 
-class SpeculateName(StrEnum):
-    """Where drafts of several tokens come from."""
-
-    off = "off"
-    ngram = "ngram"
-
-
 class HostCompute(StrEnum):
     """Which absent experts are computed in host memory."""
 
@@ -136,11 +129,12 @@ Bound = Annotated[
     float | None,
     advanced(f"{BOUND} Default: {Policy().bound}.", min=0, max=1),
 ]
-Speculate = Annotated[
-    SpeculateName,
+SpeculateOption = Annotated[
+    str,
     advanced(
         "Verify several tokens a step where that is faster; answers stay the same. ngram: drafts "
-        "are what followed the last tokens where they occurred before."
+        "are what followed the last tokens where they occurred before; draft:MODEL: what a smaller "
+        "model with the same tokenizer says, which counts in --memory."
     ),
 ]
 InferenceRule = Annotated[

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -10,22 +10,27 @@ from itertools import count
 from pathlib import Path
 from socket import socket
 from time import monotonic
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moefit.api import folder_of
 from moefit.checkpoint.tokenizer import refuse_without_tokenizer
 from moefit.cli.app import advanced, command, option, say, stopped
-from moefit.cli.loading import load_planned, load_served, say_generation, shared_steps
+from moefit.cli.loading import (
+    draft_memory,
+    load_planned,
+    load_served,
+    say_generation,
+    shared_steps,
+)
 from moefit.cli.options import (
     SERVING,
     ConfigFile,
     Following,
     GenerationConfig,
     ServingOptions,
-    Speculate,
-    SpeculateName,
+    SpeculateOption,
     expand_options,
 )
 from moefit.cli.planned import PlanProcess
@@ -33,7 +38,7 @@ from moefit.device import planned_device
 from moefit.engine.api import EngineSettings
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.disk import BUFFERS_BYTES
-from moefit.engine.speculation.drafts import LOOKUP_BYTES
+from moefit.engine.speculation.drafts import Speculate
 from moefit.errors import BudgetTooSmallError, ConfigError, UnreachedTargetError
 from moefit.evaluate.loading import REFERENCE
 from moefit.host import available_bytes, is_loopback, process_bytes, total_bytes
@@ -177,7 +182,7 @@ class ServerOptions:
     prefix_cache_disk: Annotated[
         str | None, advanced("Maximum size of that folder. Default: 8GiB.")
     ] = None
-    speculate: Speculate = SpeculateName.off
+    speculate: SpeculateOption = "off"
     warm_start: Annotated[
         bool | None,
         advanced(
@@ -259,7 +264,7 @@ class ServerOptions:
             prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache.value,
             prefix_folder=None if folder is None else folder.expanduser(),
             prefix_disk_bytes=parse_bytes(size or "8GiB"),
-            speculate=self.speculate.value,
+            speculate=Speculate.parse(self.speculate).setting,
         )
 
     def follow(self, options: ServingOptions) -> FollowSettings:
@@ -333,7 +338,10 @@ def serve(
         server.engine(),
         server.server(model),
         follow,
-        generation_config.value,
+        {
+            "generation_config": generation_config.value,
+            **draft_memory(Speculate.parse(server.speculate), options.context),
+        },
         server.warm_start,
     )
 
@@ -350,7 +358,7 @@ def _serve(
     engine_settings: EngineSettings,
     settings: ServerSettings,
     follow: FollowSettings,
-    following: str,
+    loading: Mapping[str, Any],
     warm_start: bool | None,
 ) -> None:
     began, endpoint = monotonic(), settings.traces_endpoint
@@ -368,7 +376,7 @@ def _serve(
         say(f"loading {model}")
         refuse_without_tokenizer(folder_of(model))
         with follow.explained(), _beyond_explained(model):
-            served, plan = _loaded(model, options, engine_settings, following)
+            served, plan = _loaded(model, options, engine_settings, loading)
         say_generation(served.generation)
         deadline = exit_timer(LEAVING)
         with ExitStack() as closing:  # what is entered last is closed first
@@ -495,18 +503,20 @@ def _loaded(
     model: str,
     options: ServingOptions,
     settings: EngineSettings,
-    following: str,
+    loading: Mapping[str, Any],
 ) -> tuple[ServedModel, Plan | None]:
-    """Load the model, with memory for the logits of requests that run at once."""
-    how = {
-        **shared_steps(settings.max_concurrency),
-        "draft_rows": settings.draft_rows,
-        "generation_config": following,
-    }
+    """Load the model, with memory for the logits of requests that run at once.
+
+    Args:
+        model: As on the command line.
+        options: Memory, precision, mode and plan.
+        settings: Of the engine.
+        loading: Further settings of `moefit.load`.
+    """
+    shared = shared_steps(settings.max_concurrency)
+    how = {**shared, **loading, "helpers": shared["helpers"] + loading.get("helpers", 0)}
     if settings.prefix_folder is not None:
         how["helpers"] += BUFFERS_BYTES
-    if settings.speculate != "off":
-        how["helpers"] += LOOKUP_BYTES * options.context
     if options.has_plan:
         return load_planned(model, options, **how)
     return load_served(model, options, **how), None
@@ -514,13 +524,14 @@ def _loaded(
 
 def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
     """Return a function that plans for another budget of the model as it is loaded."""
+    budget = engine.served.budget
     process = PlanProcess(
         model=model,
         memory=0,
         context=plan.context,
         kv_cache=INT8_CACHE if engine.served.int8_cache else MODEL_CACHE,
         device=str(engine.served.model.device),
-        process=engine.served.budget.process + engine.served.budget.probes,
+        process=budget.process + budget.probes + budget.draft,
         target=plan.target,
         concurrency=engine.settings.logit_rows,
         dtype=plan.dtype,

@@ -128,7 +128,8 @@ class EngineSettings:
         prefix_folder: Folder in which they survive a restart, if any.
         prefix_disk_bytes: Size of its files at most.
         speculate: Where drafts of several tokens come from that a step verifies at once: "ngram"
-            (what followed the last tokens where they occurred before in the request) or "off".
+            (what followed the last tokens where they occurred before in the request), "draft"
+            (what the draft model that was loaded says) or "off".
     """
 
     max_concurrency: int = 16

@@ -35,7 +35,7 @@ from moefit.engine.request_state import RequestState, model_limits
 from moefit.engine.runner_probe import prepared
 from moefit.engine.sampler import Choice, Failure, sample_drafts
 from moefit.engine.scheduler import Limits, ScheduledTokens, Scheduler
-from moefit.engine.speculation.drafts import Drafter
+from moefit.engine.speculation.drafts import DraftedRequest, Drafter
 from moefit.engine.speculation.requests import Speculation, SpeculationCoverage, drafter_of
 from moefit.errors import RefusedError
 from moefit.serve.config import Mode, Policy
@@ -129,7 +129,7 @@ class Engine:
             self.settings,
             self.between_steps,
         )
-        drafter = drafter or drafter_of(self.settings.speculate)
+        drafter = drafter or drafter_of(self.settings.speculate, served, context)
         self.speculation = Speculation(served, drafter, packed=self._runner.packs)
         self._cancelled: dict[str, tuple[str, str]] = {}  # messages and codes
         self._commands = CommandQueue()
@@ -406,8 +406,12 @@ class Engine:
         """Reserve KV cache for an admitted request, and skip the tokens that it holds already."""
         state.mark_admitted()
         state.bytes_read_before = self.served.bytes_read
-        self.speculation.open(state.name, sampled=not state.sampler.greedy)
         self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
+        if not state.finished:
+            about = DraftedRequest(
+                tokens=len(state.prompt) + state.sampling.max_tokens, prefix=state.prefix
+            )
+            self.speculation.open(state.name, about, sampled=not state.sampler.greedy)
         if _LOG.isEnabledFor(logging.INFO):
             fields = {"prompt_tokens": len(state.prompt), "cached_tokens": state.cached_tokens}
             _LOG.info("request %s runs", state.label, extra=state.log_fields(**fields))
@@ -415,7 +419,7 @@ class Engine:
     def _step(self, scheduled: Sequence[ScheduledTokens]) -> None:
         """Run one forward pass and sample; an error finishes the requests of this step only."""
         states = [self._requests[chunk.request] for chunk in scheduled]
-        began, drafts = monotonic(), self._drafts(scheduled, states)
+        drafts, began = self._drafts(scheduled, states), monotonic()
         inputs = [
             state.runner_input(chunk, drafts.get(state.name, ()))
             for state, chunk in zip(states, scheduled, strict=True)

@@ -137,17 +137,18 @@ class ServedLongcat(nn.Module):
         return (y_TD + (x_TD * kept_T1).type_as(x_TD)).view_as(x_BTD)
 
 
-def find_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
+def find_blocks(model: nn.Module, *, needed: bool = True) -> tuple[MoeBlock, ...]:
     """Return all MoE blocks of a model in the order of its modules.
 
     Args:
         model: May be on the meta device.
+        needed: Refuse a model without any.
 
     Raises:
         UnsupportedModelError: There is none.
     """
     found = tuple(_blocks(model))
-    if not found:
+    if needed and not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts that can be served one by one: none behind "
             f"transformers' experts interface, and none of {', '.join(sorted(_OF_FAMILIES))}; "

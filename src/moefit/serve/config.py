@@ -209,6 +209,8 @@ class LoadSettings:
         adapter: Folder of a LoRA adapter (PEFT), which is merged into dense weights.
         prefetch: Whether exact mode reads the experts that the next layer is predicted to choose:
             `off`, `on`, or `auto` for as long as steps are measured to be faster with it.
+        draft: Folder of a smaller model with the same tokenizer, which drafts tokens; held whole,
+            within the budget.
         probe_depth: How many layers ahead trained probes are held for, if the model has any;
             prefetching uses those of the next layer, and up to 4 can be measured.
     """
@@ -235,6 +237,7 @@ class LoadSettings:
     generation_config: str = AUTO
     adapter: str | Path | None = None
     prefetch: Prefetch = "off"
+    draft: str | Path | None = None
     probe_depth: int = 1
 
     def check(self) -> None:

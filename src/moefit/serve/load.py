@@ -6,7 +6,7 @@ the system, tokenizer, dense weights, slots, and experts only when they are need
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_probe import attach_hooks, follow_rules
 from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.memory.draft import check_vocabulary, draft_settings, draft_skeleton
 from moefit.serve.memory.estimate import (
     PlacementBudget,
     check_system_memory,
@@ -83,11 +84,17 @@ def load_model(
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter)
     packed = open_packed(skeleton, _formats_to_encode(settings))
+    if settings.draft is not None:
+        check_vocabulary(skeleton, draft_skeleton(settings))
     budget, probes = _budget(skeleton, settings, packed)
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
     with ExitStack() as undo:
-        parts = _load_parts(skeleton, packed, budget, settings, undo, progress)
+        tokenizer = _tokenizer(skeleton.checkpoint.folder)
+        budget = _with_tokenizer(budget, device, settings.helpers)
+        parts = _load_parts(
+            _Estimated(skeleton, packed, budget, settings, tokenizer), undo, progress
+        )
         served = ServedModel(parts)
         served.set_mode(settings.mode, **policy)
         if settings.int8_cache:
@@ -106,7 +113,24 @@ def load_model(
                 Upgrades(parts.blocks, ladders, parts.shared.transfer, device),
                 partial(progress, "experts"),
             )
+        if settings.draft is not None:
+            served.draft = _load_draft(settings)
         undo.pop_all()
+    return served
+
+
+def _load_draft(settings: LoadSettings) -> ServedModel:
+    """Load the draft model, with all of its experts; the estimate has its bytes already."""
+    own, skeleton = draft_settings(settings), draft_skeleton(settings)
+    packed = PackedStore({})
+    budget = memory_budget(skeleton, own, packed, probe_bytes=0)
+    estimated = _Estimated(skeleton, packed, budget, own, "the draft model's is the served model's")
+    with ExitStack() as undo:
+        parts = _load_parts(estimated, undo, lambda *_: None)
+        served = ServedModel(parts)
+        _make_slots(parts, parse_device(own.device), None)
+        undo.pop_all()
+    served.fill()
     return served
 
 
@@ -150,18 +174,22 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
     return budget
 
 
-def _load_parts(
-    skeleton: Skeleton,
-    packed: PackedStore,
-    budget: MemoryBudget,
-    settings: LoadSettings,
-    undo: ExitStack,
-    progress: Progress,
-) -> ServedParts:
+@dataclass(frozen=True, slots=True)
+class _Estimated:
+    """A model whose memory is estimated, with its tokenizer, or why it has none."""
+
+    skeleton: Skeleton
+    packed: PackedStore
+    budget: MemoryBudget
+    settings: LoadSettings
+    tokenizer: PreTrainedTokenizerBase | str
+
+
+def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> ServedParts:
     """Load everything except slots and experts; `undo` closes what was opened."""
+    skeleton, packed, budget = estimated.skeleton, estimated.packed, estimated.budget
+    settings, tokenizer = estimated.settings, estimated.tokenizer
     device, folder = parse_device(settings.device), skeleton.checkpoint.folder
-    tokenizer = _tokenizer(folder)
-    budget = _with_tokenizer(budget, device, settings.helpers)
     known = None if isinstance(tokenizer, str) else tokenizer
     # Before gigabytes are read, since the file may be damaged.
     generation = use_generation_config(skeleton.model, folder, known, settings.generation_config)

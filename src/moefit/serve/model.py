@@ -42,6 +42,9 @@ class ServedModel:
 
     Args:
         parts: What loading has put together.
+
+    Attributes:
+        draft: The model that drafts tokens, if one was loaded; closed with this one.
     """
 
     def __init__(self, parts: ServedParts):
@@ -52,6 +55,7 @@ class ServedModel:
         self.placement_budget, self.generation = parts.placement_budget, parts.generation
         self._upgrades: Upgrades | None = None
         self.prefetching, self.host_computing = Prefetching(), HostComputing()
+        self.draft: ServedModel | None = None
         self._deterministic = False
         record = dropout_record(self.model.config)
         self._keeps_order = record is not None and record.order == "nested"
@@ -510,6 +514,8 @@ class ServedModel:
             for undo in self._undo_kernels:
                 undo()
             self.host_computing.close(list(self.blocks.values()))
+        if self.draft is not None:
+            self.draft.close()
         self._shared.transfer.close()
         if self._host_cache is not None:
             self._host_cache.close()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moefit.engine.speculation.cost import (
     GAIN,
     Acceptance,
+    DraftingTimes,
     StepGrowth,
     StepTimes,
     choose_lengths,
@@ -143,3 +144,29 @@ def test_few_wrong_tokens_end_long_drafts_of_a_sampled_request() -> None:
         acceptance.add("sampled", 13, accepted=False)
     assert acceptance.probability("sampled", 13) < 0.3
     assert acceptance.probability("sampled", 3) < 0.25
+
+
+def test_time_of_drafting_counts() -> None:
+    """A draft that would gain does not if a token takes as long to draft as to compute."""
+    chances, seconds = {"a": [0.9, 0.8, 0.7]}, {1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3}.__getitem__
+    given = {"tokens": 1, "most": 8, "seconds": seconds}
+    assert choose_lengths(chances, **given) == {"a": 3}
+    assert choose_lengths(chances, **given, drafting=lambda longest: 0.5 * longest) == {"a": 2}
+    assert choose_lengths(chances, **given, drafting=lambda longest: 0.9 * longest) == {}
+
+
+def test_drafts_of_several_requests_are_computed_together() -> None:
+    chances, seconds = {"a": [0.9], "b": [0.9]}, {2: 1.0, 3: 1.0, 4: 1.0}.__getitem__
+    drafting = {1: 0.6, 2: 9.0}.__getitem__
+    given = {"tokens": 2, "most": 8, "seconds": seconds, "drafting": drafting}
+    assert choose_lengths(chances, **given) == {"a": 1, "b": 1}
+
+
+def test_seconds_of_drafting_are_a_mean_in_which_slow_ones_count_little() -> None:
+    times = DraftingTimes()
+    assert times.seconds(5) == 0
+    for _ in range(10):
+        times.add(4, 4.0)
+    assert times.seconds(3) == pytest.approx(3)
+    times.add(1, 100.0)
+    assert times.seconds(1) < 1.5

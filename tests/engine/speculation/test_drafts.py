@@ -7,6 +7,7 @@ from moefit.engine.speculation.drafts import (
     LONGEST_MATCH,
     SHORTEST_MATCH,
     Draft,
+    DraftedRequest,
     LookupDrafter,
     PromptLookup,
 )
@@ -60,8 +61,8 @@ def test_long_drafts_of_a_text_that_repeats_itself() -> None:
 
 def test_requests_draft_from_their_own_tokens() -> None:
     drafter = LookupDrafter()
-    drafter.open("a")
-    drafter.open("b")
+    drafter.open("a", DraftedRequest(tokens=9))
+    drafter.open("b", DraftedRequest(tokens=9))
     texts = {"a": ([1, 2, 3, 1, 2], 1), "b": ([1, 2], 4)}
     assert drafter.draft(texts) == {"a": Draft(tokens=(3,), evidence=2)}
     drafter.close("a")

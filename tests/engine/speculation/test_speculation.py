@@ -19,7 +19,7 @@ import moefit
 from moefit.engine.api import EngineSettings, SamplingParams, TokenEvent
 from moefit.engine.engine import Engine
 from moefit.engine.prefix.cache import PrefixCache
-from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS, Draft
+from moefit.engine.speculation.drafts import MAX_STEP_DRAFTS, Draft, DraftedRequest
 from moefit.engine.structured.grammar import GrammarCompiler
 from moefit.engine.structured.sources import regex_part, whole
 from moefit.errors import ConfigError
@@ -32,6 +32,7 @@ class Scripted:
     """A drafter that knows the answers, and drafts right and wrong tokens as it is told."""
 
     name = "scripted"
+    computes = False
 
     def __init__(self):
         self.answers: dict[tuple[int, ...], Sequence[int]] = {}
@@ -39,8 +40,12 @@ class Scripted:
         self.requests: set[str] = set()
         self.calls = 0
 
-    def open(self, request: str) -> None:
+    def open(self, request: str, about: DraftedRequest) -> None:
+        assert about.tokens > 0
         self.requests.add(request)
+
+    def behind(self, request: str, tokens: int) -> int:
+        return 0
 
     def close(self, request: str) -> None:
         self.requests.discard(request)
@@ -67,9 +72,8 @@ class Scripted:
         return []
 
 
-def everything(chances, *, tokens, most, seconds) -> dict[str, int]:
+def everything(chances, *, most, **_) -> dict[str, int]:
     """Verify all that is drafted."""
-    del tokens, seconds
     lengths, left = {}, most
     for name, one in chances.items():
         if length := min(len(one), left):
@@ -403,5 +407,5 @@ def test_when_nothing_is_drafted(olmoe, tmp_path) -> None:
 
 
 def test_unknown_settings_raise() -> None:
-    with pytest.raises(ConfigError, match="speculate='eagle' is not one of off, ngram"):
+    with pytest.raises(ConfigError, match="speculate='eagle' is not one of off, ngram, draft"):
         EngineSettings(speculate="eagle").check()  # pyright: ignore[reportArgumentType]

@@ -13,9 +13,10 @@ from heapq import heapify, heappop, heappush
 from itertools import accumulate
 from operator import mul
 
-# Probability that a token is accepted, by evidence, before anything is known.
 _EVIDENCE = (2, 3, 4, 5, 7, 9, 13)  # least evidence of each class
-_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
+# Probability that a token is accepted, by class of evidence, before anything is known.
+LOOKUP_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
+COMPUTED_PRIOR = (0.6,) * len(_EVIDENCE)
 _PRIOR_TRIALS = 8.0  # how many trials it counts as, in the engine's counts
 _SHARED_TRIALS = 6.0  # how many trials the engine's counts count as, in those of a request
 _FACTOR_TRIALS = 3.0  # how many trials a request's factor of 1 counts as
@@ -37,14 +38,19 @@ def evidence_class(evidence: int) -> int:
 class Counts:
     """Accepted draft tokens and trials by class of evidence, with old ones forgotten."""
 
-    def __init__(self, memory: float):
-        self._memory = memory
+    def __init__(self, memory: float, prior: Sequence[float] = LOOKUP_PRIOR):
+        self._memory, self._prior = memory, prior
         self.accepted, self.trials = [0.0] * len(_EVIDENCE), [0.0] * len(_EVIDENCE)
 
     def add(self, number: int, *, accepted: bool) -> None:
         """Count a token of the class `number`."""
         self.accepted[number] = self._memory * self.accepted[number] + accepted
         self.trials[number] = self._memory * self.trials[number] + 1
+
+    def rate(self, number: int) -> float:
+        """Return the share of tokens of a class that were accepted, beginning from the prior."""
+        accepted = self.accepted[number] + _PRIOR_TRIALS * self._prior[number]
+        return accepted / (self.trials[number] + _PRIOR_TRIALS)
 
 
 class _Own:
@@ -62,7 +68,7 @@ class _Own:
     def add(self, number: int, *, accepted: bool) -> None:
         """Count a token of the class `number`."""
         self._accepted = _FACTOR_MEMORY * self._accepted + accepted
-        self._expected = _FACTOR_MEMORY * self._expected + _rate(self.shared, number)
+        self._expected = _FACTOR_MEMORY * self._expected + self.shared.rate(number)
         self.counts.add(number, accepted=accepted)
         self.shared.add(number, accepted=accepted)
 
@@ -72,10 +78,13 @@ class Acceptance:
 
     Counts of all requests give an expectation by evidence, greedy ones and others apart.
     A request is more or less like them at any evidence, so a few of its tokens say much.
+
+    Args:
+        prior: How likely tokens are accepted before anything is known, by class of evidence.
     """
 
-    def __init__(self):
-        self._shared = {sampled: Counts(_SHARED_MEMORY) for sampled in (False, True)}
+    def __init__(self, prior: Sequence[float] = LOOKUP_PRIOR):
+        self._shared = {sampled: Counts(_SHARED_MEMORY, prior) for sampled in (False, True)}
         self._own: dict[str, _Own] = {}
 
     def open(self, request: str, *, sampled: bool) -> None:
@@ -93,7 +102,7 @@ class Acceptance:
     def probability(self, request: str, evidence: int) -> float:
         """Return how likely a token is right if its predecessors in the draft are."""
         number, own = evidence_class(evidence), self._own[request]
-        expected = min(_MOST, own.factor * _rate(own.shared, number))
+        expected = min(_MOST, own.factor * own.shared.rate(number))
         accepted = own.counts.accepted[number] + _SHARED_TRIALS * expected
         return accepted / (own.counts.trials[number] + _SHARED_TRIALS)
 
@@ -101,12 +110,6 @@ class Acceptance:
         """Return how likely each token of a draft is reached and right."""
         each = [self.probability(request, evidence + place) for place in range(tokens)]
         return list(accumulate(each, mul))
-
-
-def _rate(shared: Counts, number: int) -> float:
-    """Return the share of all requests' tokens of a class that were accepted."""
-    accepted = shared.accepted[number] + _PRIOR_TRIALS * _PRIOR[number]
-    return accepted / (shared.trials[number] + _PRIOR_TRIALS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +193,25 @@ class StepTimes:
         return min(mean for one, (mean, _) in self._known.items() if one >= size)
 
 
+class DraftingTimes:
+    """Seconds of drafting, for each token of the longest draft, which are computed in turn."""
+
+    def __init__(self):
+        self._mean, self._number = 0.0, 0
+
+    def add(self, longest: int, seconds: float) -> None:
+        """Add a measurement."""
+        each = seconds / longest
+        if self._number:
+            each = min(each, _SLOW * self._mean)
+        self._number += 1
+        self._mean += max(1 / self._number, _WEIGHT) * (each - self._mean)
+
+    def seconds(self, longest: int) -> float:
+        """Return the expected seconds; 0 before the first measurement, which is then made."""
+        return longest * self._mean
+
+
 def _size(tokens: int) -> int:
     """Return the number of tokens that a step is measured as: above 32 a multiple of 16."""
     return tokens if tokens <= _EXACT_SIZES else -(-tokens // 16) * 16
@@ -201,6 +223,7 @@ def choose_lengths(
     tokens: int,
     most: int,
     seconds: Callable[[int], float | None],
+    drafting: Callable[[int], float] = lambda longest: 0.0,
 ) -> dict[str, int]:
     """Return how many tokens of each draft to verify, so that most tokens per second are expected.
 
@@ -211,6 +234,7 @@ def choose_lengths(
         tokens: Of the step without drafts.
         most: Drafted tokens of the step.
         seconds: Expected seconds of a step by its tokens; None where nothing is known.
+        drafting: Expected seconds of drafting, by the tokens of the longest draft.
 
     Returns:
         Lengths of the drafts that are verified; none if that gains less than `GAIN`.
@@ -221,15 +245,16 @@ def choose_lengths(
     plain = seconds(tokens)
     if plain is None:
         return {}
-    best_rate, best = GAIN * tokens / plain, 0
+    best_rate, best, longest = GAIN * tokens / plain, 0, 0
     order = [name for _, name in zip(range(most), _likeliest_first(chances), strict=False)]
     expected, taken = float(tokens), dict[str, int]()
     for number, name in enumerate(order, start=1):
         expected += chances[name][taken.get(name, 0)]
         taken[name] = taken.get(name, 0) + 1
+        longest = max(longest, taken[name])
         time = seconds(tokens + number)
-        if time is not None and expected / time > best_rate:
-            best_rate, best = expected / time, number
+        if time is not None and expected / (time + drafting(longest)) > best_rate:
+            best_rate, best = expected / (time + drafting(longest)), number
     chosen = dict[str, int]()
     for name in order[:best]:
         chosen[name] = chosen.get(name, 0) + 1

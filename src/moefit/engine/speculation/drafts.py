@@ -1,24 +1,29 @@
-"""Drafts: what may follow a request's tokens, guessed without the model.
+"""Drafts: what may follow a request's tokens.
 
-`Drafter` is what the engine needs of a source of drafts. `PromptLookup` finds the longest end of a
+`Drafter` is what the engine needs of a source of drafts; `ModelDrafter` (`draft_model`) is one that
+computes. `PromptLookup` finds the longest end of a
 request's tokens that occurred before, in the prompt or in the completion, and drafts what followed
 it there (prompt lookup decoding; vLLM's method "ngram"). No tensors or threads.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
+
+from moefit.engine.prefix.tree import Prefix
+from moefit.errors import ConfigError
 
 SHORTEST_MATCH = 2  # tokens; single tokens occur everywhere
 LONGEST_MATCH = 16  # tokens that are compared
 _PLACES = 16  # earlier occurrences that are compared, the last ones
 
 
-SpeculateSetting = Literal["off", "ngram"]
+SpeculateSetting = Literal["off", "ngram", "draft"]
 """Where drafts come from; see `EngineSettings`."""
 
 MAX_STEP_DRAFTS = 24  # drafted tokens of one step
 MAX_DRAFT = 16  # of one request
+COMPUTED_EVIDENCE = 2  # of what a model drafts: its places in a draft are classes of their own
 LOOKUP_BYTES = 256  # per token of a text that is looked up in
 
 
@@ -42,6 +47,51 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculate:
+    """What `--speculate` says.
+
+    Attributes:
+        setting: Where drafts come from.
+        draft: The draft model, as for `moefit.load`.
+    """
+
+    setting: SpeculateSetting = "off"
+    draft: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what a text says. Raises ConfigError for anything else.
+
+        >>> Speculate.parse("draft:models/small")
+        Speculate(setting='draft', draft='models/small')
+        """
+        if text == "off":
+            return cls()
+        if text == "ngram":
+            return cls(setting="ngram")
+        kind, _, model = text.partition(":")
+        if kind == "draft" and model:
+            return cls(setting="draft", draft=model)
+        raise ConfigError(
+            f"--speculate {text} is not one of off, ngram, draft:MODEL (a folder, or a name on the "
+            "Hub)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftedRequest:
+    """What a drafter may know of a request when it begins.
+
+    Attributes:
+        tokens: Of prompt and completion at most.
+        prefix: The prompt, if keys and values may be kept for later requests.
+    """
+
+    tokens: int
+    prefix: Prefix | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """Tokens that may follow.
 
@@ -59,17 +109,29 @@ class Drafter(Protocol):
     """A source of drafts for the requests of an engine.
 
     Attributes:
-        name: As in `EngineSettings.speculate`.
+        name: For people.
+        computes: Whether each drafted token takes time worth measuring, so that the number of
+            tokens is decided before they are drafted, and only those are.
     """
 
     name: str
+    computes: bool
 
-    def open(self, request: str) -> None:
+    def open(self, request: str, about: DraftedRequest) -> None:
         """Begin a request."""
         ...
 
     def close(self, request: str) -> None:
         """Free what is held for a request; unknown ones are ignored."""
+        ...
+
+    def behind(self, request: str, tokens: int) -> int | None:
+        """Return how many tokens have to be read before it drafts; None if it drafts nothing.
+
+        Args:
+            request: Request id.
+            tokens: Number of the request's tokens.
+        """
         ...
 
     def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
@@ -139,17 +201,24 @@ class LookupDrafter:
     """Draft by prompt lookup, for each request from its own tokens."""
 
     name = "ngram"
+    computes = False
 
     def __init__(self):
         self._texts: dict[str, PromptLookup] = {}
 
-    def open(self, request: str) -> None:
+    def open(self, request: str, about: DraftedRequest) -> None:
         """Begin a request."""
+        del about
         self._texts[request] = PromptLookup()
 
     def close(self, request: str) -> None:
         """Forget a request."""
         self._texts.pop(request, None)
+
+    def behind(self, request: str, tokens: int) -> int | None:
+        """Return 0: looking up takes no time worth measuring."""
+        del request, tokens
+        return 0
 
     def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
         """Return drafts for the requests whose last tokens occurred before."""

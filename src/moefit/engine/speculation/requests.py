@@ -10,23 +10,31 @@ where noted.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from time import monotonic
 
 from moefit.engine.invariance import Invariance
 from moefit.engine.speculation.cost import (
+    COMPUTED_PRIOR,
+    LOOKUP_PRIOR,
     Acceptance,
+    DraftingTimes,
     StepGrowth,
     StepTimes,
     choose_lengths,
 )
+from moefit.engine.speculation.draft_model import ModelDrafter
 from moefit.engine.speculation.drafts import (
+    COMPUTED_EVIDENCE,
     MAX_DRAFT,
     MAX_STEP_DRAFTS,
     Draft,
+    DraftedRequest,
     Drafter,
     LookupDrafter,
     SpeculateSetting,
     SpeculationStats,
 )
+from moefit.errors import ConfigError
 from moefit.serve.config import Policy
 from moefit.serve.memory.activations import experts_per_token
 from moefit.serve.memory.budget import MemoryBudget
@@ -34,12 +42,34 @@ from moefit.serve.model import ServedModel
 
 PROBE_STEPS = 64  # steps without drafts after which one tries a few, to measure it
 _PROBE_TOKENS, _PROBE_CHANCE = 3, 0.5
+# Tokens that a drafter may have to read first, by token that a request may still generate, and up
+# to which the time of drafting is measured.
+_READ_FIRST, _READ_MEASURED = 16, 32
 _LOG = logging.getLogger(__name__)
 
 
-def drafter_of(setting: SpeculateSetting) -> Drafter | None:
-    """Return where drafts come from by this setting; None from nowhere."""
-    return LookupDrafter() if setting == "ngram" else None
+def drafter_of(setting: SpeculateSetting, served: ServedModel, places: int) -> Drafter | None:
+    """Return where drafts come from by this setting; None from nowhere.
+
+    Args:
+        setting: Of the engine.
+        served: The model.
+        places: Tokens that the KV cache holds.
+
+    Raises:
+        ConfigError: The model was loaded without what the setting needs.
+        UnsupportedModelError: The draft model cannot draft.
+    """
+    if setting == "ngram":
+        return LookupDrafter()
+    if setting == "off":
+        return None
+    if served.draft is None:
+        raise ConfigError(
+            "speculate='draft' needs a draft model, and the model was loaded without; give one to "
+            "moefit.load (draft=...), or use speculate='ngram'"
+        )
+    return ModelDrafter(served.draft, places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +116,9 @@ class Speculation:
     def __init__(self, served: ServedModel, drafter: Drafter | None, *, packed: bool):
         self._served, self._drafter, self._packed = served, drafter, packed
         self.choose: Callable[..., dict[str, int]] = choose_lengths
-        self._acceptance, self._times = Acceptance(), StepTimes(StepGrowth())
+        self._computes = drafter is not None and drafter.computes
+        self._acceptance = Acceptance(COMPUTED_PRIOR if self._computes else LOOKUP_PRIOR)
+        self._times, self._drafting = StepTimes(StepGrowth()), DraftingTimes()
         self._seen: tuple[MemoryBudget, Policy] | None = None  # in force when times were measured
         self._drafts: dict[str, Draft] = {}  # of this step, also those that are not verified
         self._totals, self._without = _Totals(), 0
@@ -121,11 +153,16 @@ class Speculation:
             f"({first.module}: {first.reason})",
         )
 
-    def open(self, request: str, *, sampled: bool) -> None:
+    def open(self, request: str, about: DraftedRequest, *, sampled: bool) -> None:
         """Begin a request; `sampled` if it is not greedy."""
-        if self._drafter is not None:
-            self._drafter.open(request)
-            self._acceptance.open(request, sampled=sampled)
+        if self._drafter is None:
+            return
+        self._acceptance.open(request, sampled=sampled)
+        if not self._failed:
+            try:
+                self._drafter.open(request, about)
+            except Exception as error:  # noqa: BLE001 - drafts are never worth a request
+                self._fail(error)
 
     def close(self, request: str) -> None:
         """Forget a request; unknown ones are ignored."""
@@ -153,25 +190,65 @@ class Speculation:
             name: (text, min(left, MAX_DRAFT)) for name, (text, left) in decoding.items() if left
         }
         try:
+            if self._drafter.computes:
+                return self._computed(self._drafter, wanted, decoding, tokens)
             self._drafts = _as_wanted(self._drafter.draft(wanted), wanted)
-            lengths = self._lengths(tokens)
+            known = {
+                name: (draft.evidence, len(draft.tokens)) for name, draft in self._drafts.items()
+            }
+            lengths = self._lengths(known, tokens)
         except Exception as error:  # noqa: BLE001 - drafts are never worth a request
-            _LOG.exception("no tokens are drafted any more")
-            self._drafts = {}
-            self._failed = f"drafting failed ({type(error).__name__}: {error})"
+            self._fail(error)
             return {}
         return {name: self._drafts[name].tokens[:length] for name, length in lengths.items()}
 
-    def _lengths(self, tokens: int) -> dict[str, int]:
-        """Return how many tokens of each draft to verify."""
-        if not self._drafts:
-            return {}
-        chances = {
-            name: self._acceptance.chances(name, draft.evidence, len(draft.tokens))
-            for name, draft in self._drafts.items()
+    def _fail(self, error: Exception) -> None:
+        """Draft nothing from now on."""
+        _LOG.error("no tokens are drafted any more", exc_info=error)
+        self._drafts = {}
+        self._failed = f"drafting failed ({type(error).__name__}: {error})"
+
+    def _computed(
+        self,
+        drafter: Drafter,
+        wanted: Mapping[str, tuple[Sequence[int], int]],
+        decoding: Mapping[str, tuple[Sequence[int], int]],
+        tokens: int,
+    ) -> dict[str, tuple[int, ...]]:
+        """Decide how many tokens to draft, and draft those."""
+        behind = {name: drafter.behind(name, len(text)) for name, (text, _) in wanted.items()}
+        known = {
+            name: (COMPUTED_EVIDENCE, most)
+            for name, (_, most) in wanted.items()
+            if (unread := behind[name]) is not None and unread <= _READ_FIRST * decoding[name][1]
         }
+        lengths = self._lengths(known, tokens)
+        if not lengths:
+            return {}
+        chosen = {name: (wanted[name][0], length) for name, length in lengths.items()}
+        began = monotonic()
+        self._drafts = _as_wanted(drafter.draft(chosen), chosen)
+        longest = max((len(one.tokens) for one in self._drafts.values()), default=0)
+        if longest and max(behind[name] or 0 for name in chosen) <= _READ_MEASURED:
+            self._drafting.add(longest, monotonic() - began)
+        return {name: draft.tokens for name, draft in self._drafts.items()}
+
+    def _lengths(self, known: Mapping[str, tuple[int, int]], tokens: int) -> dict[str, int]:
+        """Return how many tokens of each draft to verify.
+
+        Args:
+            known: Evidence and tokens of each draft.
+            tokens: Of the step without drafts.
+        """
+        if not known:
+            return {}
+        chances = {name: self._acceptance.chances(name, *one) for name, one in known.items()}
         chosen = self.choose(
-            chances, tokens=tokens, most=MAX_STEP_DRAFTS, seconds=self._times.seconds
+            chances,
+            tokens=tokens,
+            most=MAX_STEP_DRAFTS,
+            seconds=self._times.seconds,
+            drafting=self._drafting.seconds,
         )
         if chosen:
             self._without = 0
@@ -230,7 +307,7 @@ class Speculation:
         now = self._served.budget, self._served.policy
         if self._seen is None or now[0] is not self._seen[0] or now[1] != self._seen[1]:
             self._seen = now
-            self._times = StepTimes(growth_of(self._served))
+            self._times, self._drafting = StepTimes(growth_of(self._served)), DraftingTimes()
 
 
 def _as_wanted(
@@ -255,5 +332,5 @@ def growth_of(served: ServedModel) -> StepGrowth:
     top_k = min(experts_per_token(config), first.num_experts)
     missing = any(one.slot_table.num_slots < one.num_experts for one in blocks)
     used = top_k * sum(one.format.nbytes(one.block.layout.specs) for one in blocks)
-    share = 1.0 if missing else used / (used + served.budget.weights)
+    share = 1.0 if missing else used / (used + served.budget.weights - served.budget.draft)
     return StepGrowth(experts=first.num_experts, chosen=top_k, share=share)

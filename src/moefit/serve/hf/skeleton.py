@@ -117,7 +117,7 @@ class Skeleton:
         return StoredFormats(
             experts=tuple(sorted(frozenset().union(*(one.formats for one in sources)))),
             dense=tuple(sorted({one.format for one in self.map.dense_weights.values()})),
-            expert_bytes=max(one.nbytes for one in sources),
+            expert_bytes=max((one.nbytes for one in sources), default=0),
             held=held_formats(self.blocks),
             held_in={one.name: held for one in self.blocks if (held := held_formats([one]))},
         )
@@ -140,7 +140,11 @@ def _group(name: str) -> str:
 
 
 def build_skeleton(
-    folder: Path, dtype: torch.dtype | None = None, adapter: str | Path | None = None
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    adapter: str | Path | None = None,
+    *,
+    needs_experts: bool = True,
 ) -> Skeleton:
     """Read a model's configuration and headers; no weights are read or allocated.
 
@@ -148,6 +152,7 @@ def build_skeleton(
         folder: Folder of the checkpoint, or GGUF file.
         dtype: The dtype to compute in; None for the checkpoint's own.
         adapter: Folder of a LoRA adapter to apply to dense weights.
+        needs_experts: Refuse a model without experts.
 
     Raises:
         CheckpointError: The checkpoint or the adapter is incomplete or damaged.
@@ -172,7 +177,7 @@ def build_skeleton(
         model = _on_meta(config, compute_dtype)
         cache_name(model)  # raises for a model that takes no KV cache
         refuse_other_size(model, checkpoint)
-        blocks = find_blocks(model)
+        blocks = find_blocks(model, needed=needs_experts)
     found = map_checkpoint(model, checkpoint, blocks)
     if header is not None:
         refuse_left_out(header, found.unused)

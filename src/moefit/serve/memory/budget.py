@@ -136,7 +136,7 @@ class MemoryBudget:
     Args:
         total: The budget; None means as much as it takes for all experts to be resident.
         process: Interpreter and libraries when loading starts, including `slack`.
-        weights: Dense weights, with the probes that predict experts.
+        weights: Dense weights, with the probes that predict experts and the draft model.
         kv_cache: For `context` tokens.
         kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
         workspace: Activations of a forward pass over `context` tokens.
@@ -155,6 +155,7 @@ class MemoryBudget:
             process sizes differ between runs.
         first_use: Part of `workspace` that only the first use of libraries touches, at most.
         probes: Part of `weights` that predicts experts.
+        draft: Part of `weights` that drafts tokens: the draft model, with its KV cache and step.
     """
 
     total: int | None
@@ -174,6 +175,7 @@ class MemoryBudget:
     slack: int = 0
     first_use: int = 0
     probes: int = 0
+    draft: int = 0
     kv_dtype: str | None = None
 
     @property
@@ -332,9 +334,11 @@ class MemoryBudget:
                 f"{format_bytes(self.reading)} while the tokenizer is read); give "
                 f"{at_least(self.min_bytes)}"
             )
+        draft = f", of which {format_bytes(self.draft)} draft model" if self.draft else ""
+        other = ", no draft model" if self.draft else ""
         return (
-            f"{below} ({parts}, {format_bytes(slots)} for one slot per block); "
-            f"give {at_least(self.min_bytes)}, or a shorter context"
+            f"{below} ({parts}{draft}, {format_bytes(slots)} for one slot per block); "
+            f"give {at_least(self.min_bytes)}{other}, or a shorter context"
         )
 
 

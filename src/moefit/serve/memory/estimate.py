@@ -63,6 +63,7 @@ from moefit.serve.memory.budget import (
     host_limit,
     parse_bytes,
 )
+from moefit.serve.memory.draft import DRAFT_STEP, draft_settings, draft_skeleton
 from moefit.serve.memory.tokenizer_size import TokenizerSize, tokenizer_size
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import (
@@ -258,6 +259,7 @@ def memory_budget(
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     first_use = _first_use(skeleton, settings, device)
     probes = find_probes(skeleton, settings).nbytes if probe_bytes is None else probe_bytes
+    draft = draft_bytes(settings, first_use)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
@@ -265,8 +267,9 @@ def memory_budget(
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
         encoding=encoding_bytes(skeleton, settings),
-        weights=_dense_bytes(skeleton, settings) + probes,
+        weights=_dense_bytes(skeleton, settings) + probes + draft,
         probes=probes,
+        draft=draft,
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
@@ -276,7 +279,7 @@ def memory_budget(
         ),
         first_use=first_use,
         staging=_staging_bytes(skeleton, settings, packed),
-        host=_host_bytes(skeleton, settings) if on_gpu else None,
+        host=_host_bytes(skeleton, settings) if on_gpu and skeleton.blocks else None,
         blocks=tuple(
             BlockNeeds(
                 name=block.name,
@@ -290,6 +293,34 @@ def memory_budget(
         format_totals=_format_totals(skeleton, device) if is_auto else (),
     )
     return budget.without_slack()
+
+
+def draft_bytes(settings: LoadSettings, first_use: int) -> int:
+    """Return what a draft model takes, held whole; 0 without one.
+
+    Args:
+        settings: Of the served model.
+        first_use: What the first use of libraries touches for the served model already.
+    """
+    if settings.draft is None:
+        return 0
+    device, own = planned_device(settings.device), draft_settings(settings)
+    skeleton = draft_skeleton(settings)
+    config, dtype, rows = skeleton.model.config, skeleton.dtype, settings.sequences
+    step = min(settings.context, DRAFT_STEP + rows)
+    slots = sum(
+        block.num_experts * slot_bytes(NATIVE.nbytes(block.layout.specs), device)
+        for block in skeleton.blocks
+    )
+    more = max(0, _first_use(skeleton, own, device) - first_use)
+    return (
+        _dense_bytes(skeleton, own)
+        + slots
+        + _staging_bytes(skeleton, own, PackedStore({}))
+        + settings.context * kv_bytes_per_token(config, dtype)
+        + workspace_bytes(config, step, dtype, first_use=more)
+        + extra_logits_bytes(config, step, dtype, rows, 0)
+    )
 
 
 def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:

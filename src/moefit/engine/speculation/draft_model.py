@@ -1,0 +1,157 @@
+"""Drafts of a smaller model with the same tokens.
+
+`ModelDrafter` continues each request greedily with a model of its own, whose keys and values lie in
+a pool of the same number of tokens as the engine's. What was drafted and turned out to be wrong is
+overwritten. A request that is far behind, such as one that begins, is read in several calls, and
+drafts nothing until it has caught up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moefit.engine.runner_probe import choose_runner
+from moefit.engine.runners import Runner, RunnerInput
+from moefit.engine.speculation.drafts import COMPUTED_EVIDENCE, Draft, DraftedRequest
+from moefit.errors import UnsupportedModelError
+from moefit.serve.memory.draft import DRAFT_STEP
+from moefit.serve.model import ServedModel
+
+
+@dataclass(slots=True)
+class _Text:
+    """What a draft model has computed of a request.
+
+    Attributes:
+        tokens: Those with keys and values, of which the last ones may be wrong guesses.
+        sure: How many of them are known to be the request's.
+    """
+
+    tokens: list[int] = field(default_factory=list[int])
+    sure: int = 0
+
+    def keep(self, text: Sequence[int]) -> int:
+        """Drop what is not the beginning of the request's tokens; return what is left.
+
+        The last token is dropped in any case, since its logits are wanted.
+        """
+        most = min(len(self.tokens), len(text) - 1)
+        while self.sure < most and self.tokens[self.sure] == text[self.sure]:
+            self.sure += 1
+        self.sure = min(self.sure, most)
+        del self.tokens[self.sure :]
+        return self.sure
+
+
+class ModelDrafter:
+    """Drafts by a model.
+
+    Args:
+        model: The draft model.
+        places: Tokens of all requests together.
+
+    Raises:
+        UnsupportedModelError: The model cannot draft several requests at once, or not take back
+            what it has drafted.
+    """
+
+    computes = True
+
+    def __init__(self, model: ServedModel, places: int):
+        self.name = f"the draft model {model.folder.name}"
+        self._model = model
+        self._runner: Runner = choose_runner(model, places)
+        if not self._runner.packs:
+            raise UnsupportedModelError(
+                f"{type(model.model).__name__} cannot be a draft model: what it has computed "
+                "cannot be taken back when a guess was wrong; give a model with attention in all "
+                "layers, or --speculate ngram"
+            )
+        config = model.model.config.get_text_config(decoder=True)
+        self._vocabulary: int = config.vocab_size
+        longest = getattr(config, "max_position_embeddings", None)
+        self._longest = longest if isinstance(longest, int) and longest > 0 else places
+        self._texts: dict[str, _Text] = {}
+
+    def open(self, request: str, about: DraftedRequest) -> None:
+        """Reserve KV cache for a request, unless it is longer than the draft model's texts."""
+        if about.tokens > self._longest:
+            return
+        cached = self._runner.open(request, about.tokens, about.prefix)
+        known = [] if about.prefix is None else list(about.prefix.tokens[:cached])
+        self._texts[request] = _Text(known, cached)
+
+    def close(self, request: str) -> None:
+        """Free a request's KV cache; unknown ones are ignored."""
+        if self._texts.pop(request, None) is not None:
+            self._runner.close(request)
+
+    def behind(self, request: str, tokens: int) -> int | None:
+        """Return how many of a request's tokens it has not read; None if it has no place for it."""
+        text = self._texts.get(request)
+        return None if text is None else max(0, tokens - text.sure)
+
+    @torch.inference_mode()
+    def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
+        """Return greedy continuations of the requests that it has read up to their last token."""
+        drafts = self._read({name: tokens for name, (tokens, most) in wanted.items() if most})
+        longest = max((wanted[name][1] for name in drafts), default=0)
+        for place in range(1, longest):
+            going_on = [name for name in drafts if wanted[name][1] > place]
+            self._append(drafts, going_on)
+        return {
+            name: Draft(tokens=tuple(tokens), evidence=COMPUTED_EVIDENCE)
+            for name, tokens in drafts.items()
+        }
+
+    def check(self) -> None:
+        """Raise AssertionError if requests and their KV cache differ."""
+        assert all(0 <= one.sure <= len(one.tokens) for one in self._texts.values())
+        if self._runner.prefixes is not None:
+            self._runner.prefixes.check()
+
+    def _read(self, texts: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Compute what is new in requests; return the likeliest next token of those then read."""
+        inputs: list[RunnerInput] = []
+        left = DRAFT_STEP
+        for name, tokens in texts.items():
+            if name not in self._texts or not left:
+                continue
+            past = self._texts[name].keep(tokens)
+            new = tokens[past : past + left]
+            if max(new) >= self._vocabulary:  # an id beyond those of the tokenizer
+                continue
+            left -= len(new)
+            whole = past + len(new) == len(tokens)
+            inputs.append(RunnerInput(request=name, tokens=new, past=past, num_logits=int(whole)))
+        if not inputs:
+            return {}
+        found = self._step(inputs)
+        for one in inputs:
+            computed = one.past + len(one.tokens)
+            self._texts[one.request].sure = computed
+            self._runner.extend(one.request, texts[one.request], computed)
+        return {name: [token] for name, token in found.items()}
+
+    def _append(self, drafts: dict[str, list[int]], names: Sequence[str]) -> None:
+        """Append the likeliest next token to these requests' drafts."""
+        inputs = [
+            RunnerInput(
+                request=name,
+                tokens=drafts[name][-1:],
+                past=len(self._texts[name].tokens),
+                num_logits=1,
+            )
+            for name in names
+        ]
+        for name, token in self._step(inputs).items():
+            drafts[name].append(token)
+
+    def _step(self, inputs: Sequence[RunnerInput]) -> dict[str, int]:
+        """Compute tokens; return the likeliest next one of requests whose logits are wanted."""
+        logits_NV = self._runner.step(inputs)
+        for one in inputs:
+            self._texts[one.request].tokens.extend(one.tokens)
+        names = [one.request for one in inputs if one.num_logits]
+        return dict(zip(names, logits_NV.argmax(-1).tolist(), strict=True)) if names else {}
