@@ -27,6 +27,12 @@ def process_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def shared_process_bytes() -> int:
+    """Return the part of the resident set that are pages of files or shared memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[2])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_process_bytes() -> int:
     """Return the largest resident set of this process so far (VmHWM).
 

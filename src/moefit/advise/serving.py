@@ -36,8 +36,9 @@ QUANTISATION_NATS = {
     "int2": 0.102,
 }  # fmt: skip
 PRECISIONS = tuple(QUANTISATION_NATS)
-PROCESS = 420 << 20  # bytes of interpreter and libraries of a server without a model, on a CPU
+PROCESS = 366 << 20  # bytes of interpreter and libraries of a server without a model, on a CPU
 CONTEXT = 2048  # tokens of the KV cache, the default of `moefit serve`
+STEP_TOKENS = 144  # of one forward pass of `moefit serve`
 _TOKENIZER = 700  # bytes per token of the vocabulary
 _DTYPE = torch.bfloat16
 
@@ -137,7 +138,9 @@ def served_sizes(shape: Shape, precision: str, *, context: int, is_gpu: bool) ->
         weights=held,
         context=context,
         kv_cache=context * kv_per_token,
-        workspace=workspace_bytes(config, context, _DTYPE, first_use=first_use),
+        workspace=workspace_bytes(
+            config, min(STEP_TOKENS, context), _DTYPE, first_use=first_use, context=context
+        ),
         first_use=first_use,
         staging=SPARES * size,
         blocks=(block,) * shape.layers,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moefit.cli.app import ApiKey, advanced, command, option, say
-from moefit.cli.loading import load_served, say_generation
+from moefit.cli.loading import CHAT_ENGINE, load_served, say_generation
 from moefit.cli.options import (
     SAMPLING,
     SERVING,
@@ -60,12 +60,16 @@ def chat(
         return
     if model is None:
         raise ConfigError("give a model, such as `reference`, or --url of a server")
-    more = {"generation_config": generation_config.value, "helpers": RENDER_RESIDENT}
+    more = {
+        "generation_config": generation_config.value,
+        "helpers": RENDER_RESIDENT,
+        "step_tokens": CHAT_ENGINE.step_tokens,
+    }
     with load_served(model, options, **more) as served:
         if served.policy.mode == served.policy.prefill == "exact":  # others depend on residents
             served.fill()  # while the first message is written
         say_generation(served.generation)
-        engine = Engine(served)
+        engine = Engine(served, CHAT_ENGINE)
         engine.start()
         try:
             _talk(LocalChat(model, engine), chosen, system)

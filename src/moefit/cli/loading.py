@@ -19,6 +19,7 @@ from moefit.cli.app import console, logs_json, say, status
 from moefit.cli.options import KvCache, PrefetchName, ServingOptions
 from moefit.cli.planned import forbid_with_plan, in_a_line, plan_for, say_packing
 from moefit.cli.precision import resolve_precision
+from moefit.engine.api import EngineSettings
 from moefit.engine.engine import PROMPT_LOGITS_BYTES
 from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS, Speculate
 from moefit.errors import BudgetTooSmallError, ConfigError
@@ -44,6 +45,7 @@ from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
 """As `prompt_logits`: those of all tokens of the context, which `moefit eval` computes at once."""
+CHAT_ENGINE = EngineSettings(max_concurrency=1)
 _CONCURRENCY = 16  # of `moefit serve`, unless it is given another
 
 
@@ -262,6 +264,7 @@ def shared_steps(requests: int | None) -> dict[str, Any]:
         "sequences": requests,
         "prompt_logits": PROMPT_LOGITS_BYTES,
         "helpers": RENDER_RESIDENT,
+        "step_tokens": EngineSettings(max_concurrency=requests).step_tokens,
     }
 
 
@@ -310,11 +313,13 @@ def minimums(
     own: dict[str, dict[str, Any]] = {
         "generate": {},
         "bench": {},
-        "chat": {"helpers": RENDER_RESIDENT},
+        "chat": {"helpers": RENDER_RESIDENT, "step_tokens": CHAT_ENGINE.step_tokens},
         "eval": {"prompt_logits": WHOLE_WINDOWS},
         "serve": server,
     }
-    alone = replace(settings, memory=None, **{**dict.fromkeys(server, 0), "sequences": 1})
+    alone = replace(
+        settings, memory=None, sequences=1, prompt_logits=0, helpers=0, step_tokens=None
+    )
     sizes: dict[str, int] = {}
     for command, more in own.items():
         one = memory_budget(skeleton, replace(alone, **more), packed, probe_bytes=0)

@@ -22,7 +22,7 @@ from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
 from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
-from moefit.serve.memory.estimate import held_bytes
+from moefit.serve.memory.estimate import settled_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ def plan_for(
         context=options.context,
         kv_cache=options.kv_cache.value,
         device=options.device,
-        process=held_bytes(planned_device(options.device)) + helpers,
+        process=settled_bytes(planned_device(options.device)) + helpers,
         target=target_of(options.max_loss, options.min_speed),
         concurrency=concurrency,
     ).run()

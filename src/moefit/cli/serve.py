@@ -513,7 +513,7 @@ def _loaded(
         settings: Of the engine.
         loading: Further settings of `moefit.load`.
     """
-    shared = shared_steps(settings.max_concurrency)
+    shared = {**shared_steps(settings.max_concurrency), "step_tokens": settings.step_tokens}
     how = {**shared, **loading, "helpers": shared["helpers"] + loading.get("helpers", 0)}
     if settings.prefix_folder is not None:
         how["helpers"] += BUFFERS_BYTES

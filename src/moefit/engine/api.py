@@ -148,6 +148,11 @@ class EngineSettings:
         return self.max_concurrency + self.draft_rows
 
     @property
+    def step_tokens(self) -> int:
+        """How many tokens a step may compute, unless prompts must be computed whole."""
+        return self.prefill_chunk + self.logit_rows
+
+    @property
     def draft_rows(self) -> int:
         """How many drafted tokens a step may have."""
         return MAX_STEP_DRAFTS if self.speculate != "off" else 0

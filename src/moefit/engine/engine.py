@@ -113,6 +113,8 @@ class Engine:
         self._runner, self._invariance = prepared(
             served, self.settings, context, self.max_model_len
         )
+        longest = self.settings.step_tokens if not self._runner.whole_prompts else context
+        served.reserve_steps(min(longest, context))
         self._scheduler = Scheduler(
             Limits(
                 tokens=context,

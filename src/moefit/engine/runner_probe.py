@@ -79,10 +79,8 @@ def prepared(
     if settings.deterministic:
         served.make_deterministic()
     runner = choose_runner(served, places)
-    step = settings.prefill_chunk + settings.logit_rows
-    sizes = StepSizes(
-        tokens=longest if runner.whole_prompts else step, threads=torch.get_num_threads()
-    )
+    step = longest if runner.whole_prompts else settings.step_tokens
+    sizes = StepSizes(tokens=step, threads=torch.get_num_threads())
     found = uncovered_operations(served, runner, places, sizes)
     if found and settings.deterministic and not isinstance(runner, SeparateRunner):
         runner = choose_runner(served, places, packed=False)

@@ -25,7 +25,7 @@ from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import MemoryBudget
-from moefit.serve.memory.estimate import held_bytes, memory_budget
+from moefit.serve.memory.estimate import memory_budget, settled_bytes
 from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
 
 _MIXTURES = 14  # sizes of placements with formats by expert that are tried
@@ -348,7 +348,7 @@ class SlotBudget:
         self._context, self._device, self._constraints = context, device, constraints
         process = constraints.process
         if process is None:
-            process = held_bytes(planned_device(device)) + constraints.helpers
+            process = settled_bytes(planned_device(device)) + constraints.helpers
         self._process = process
         self._uniform = {
             name: [self.estimate(one) for one in self.uniform_configurations(name)]

@@ -188,6 +188,8 @@ class LoadSettings:
         mode: How steps handle missing experts (see `Policy`).
         device: `cpu`, `cuda` or `cuda:N`.
         context: Tokens that the KV cache is reserved for, over all sequences.
+        step_tokens: Tokens that one forward pass computes at most, for which activations are
+            reserved; longer prompts are computed in several. None is the whole context.
         eviction: Policy of exact and bounded modes (`serve/cache/eviction.py`).
         precision: Format of experts (`quant/format.py`). `native` is the checkpoint's own, `auto`
             selects one per expert within the budget.
@@ -221,6 +223,7 @@ class LoadSettings:
     mode: Mode = "exact"
     device: str = "cpu"
     context: int = 2048
+    step_tokens: int | None = None
     eviction: str = DEFAULT_POLICY
     precision: str = NATIVE_PRECISION
     dense_precision: str = NATIVE_PRECISION
@@ -264,6 +267,12 @@ class LoadSettings:
         for name in ("context", "readers", "sequences", "probe_depth"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}, but it is a whole number, 1 or more")
+        if self.step_tokens is not None and (
+            type(self.step_tokens) is not int or self.step_tokens < 1
+        ):
+            raise ConfigError(
+                f"step_tokens={self.step_tokens!r}, but it is a whole number, 1 or more, or None"
+            )
         if self.host_memory is not None and planned_device(self.device).type == "cpu":
             raise ConfigError(
                 f"host_memory={self.host_memory!r}, but on a CPU the slots themselves are in host "

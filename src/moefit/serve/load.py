@@ -22,7 +22,7 @@ from moefit.moe.families import MoeBlock
 from moefit.quant.format import Format, parse_format
 from moefit.serve.cache.eviction import POLICIES
 from moefit.serve.cache.host_cache import HostCache
-from moefit.serve.cache.resize import allocate_spares, grow, load_all_experts, return_freed_memory
+from moefit.serve.cache.resize import allocate_spares, grow, load_all_experts
 from moefit.serve.cache.scores import ExpertImportanceEstimator
 from moefit.serve.cache.slot_table import SlotTable
 from moefit.serve.cache.swaps import SharedState
@@ -41,9 +41,10 @@ from moefit.serve.memory.draft import check_vocabulary, draft_settings, draft_sk
 from moefit.serve.memory.estimate import (
     PlacementBudget,
     check_system_memory,
-    held_bytes,
     memory_budget,
+    settled_bytes,
 )
+from moefit.serve.memory.release import return_freed_memory
 from moefit.serve.memory.tokenizer_size import TOKENIZER_CACHES
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
@@ -90,6 +91,7 @@ def load_model(
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
     with ExitStack() as undo:
+        return_freed_memory()  # of importing libraries
         tokenizer = _tokenizer(skeleton.checkpoint.folder)
         budget = _with_tokenizer(budget, device, settings.helpers)
         parts = _load_parts(
@@ -167,9 +169,11 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
     """
     return_freed_memory()
     if device.type != "cpu" or not budget.tokenizer:
-        return budget
-    grown = held_bytes(device) + helpers - (budget.process - budget.slack)
-    budget = replace(budget, reading=0, tokenizer=max(0, grown) + TOKENIZER_CACHES).without_slack()
+        return replace(budget, unused=0)
+    grown = settled_bytes(device) + helpers - (budget.process - budget.slack)
+    budget = replace(
+        budget, reading=0, unused=0, tokenizer=max(0, grown) + TOKENIZER_CACHES
+    ).without_slack()
     budget.slots()
     return budget
 

@@ -28,7 +28,7 @@ from moefit.serve.hybrid.start import HostComputing, start_host_side
 from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.layer.router_kernels import use_router_kernels
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
-from moefit.serve.memory.estimate import check_system_memory
+from moefit.serve.memory.estimate import check_system_memory, step_tokens, step_workspace
 from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.prediction.prefetch import Prefetching, start_prefetching
 from moefit.serve.prediction.probes import NO_PROBES, FoundProbes
@@ -62,7 +62,7 @@ class ServedModel:
         guard(self.model, self.blocks)
         self._hooks = (
             *parts.hooks,
-            limit_context(self.model, self._context),
+            limit_context(self.model, self._context, self._longest_step),
             reserve_caches(self.model, self._context, int8=parts.int8_cache),
         )
         self.int8_cache = parts.int8_cache
@@ -114,9 +114,14 @@ class ServedModel:
         return self._store.bytes_read
 
     def _context(self) -> int | None:
-        """Return the largest number of tokens in a step; None (no limit) without a budget."""
+        """Return the largest number of tokens after a step; None (no limit) without a budget."""
         budget = self._budget  # read once: another thread may replace it
         return None if budget.total is None else budget.context
+
+    def _longest_step(self) -> int | None:
+        """Return the largest number of new tokens in a step; None without a budget."""
+        budget = self._budget
+        return None if budget.total is None else budget.step_tokens
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the Hugging Face model does."""
@@ -142,10 +147,37 @@ class ServedModel:
         """
         total = None if memory is None else parse_bytes(memory)
         with self._shared.lock:  # the new budget depends on the present one
-            return self._set_total(total)
+            return self._set_budget(self._budget.with_total(total))
 
-    def _set_total(self, total: int | None) -> MemoryBudget:
-        budget = self._budget.with_total(total)
+    def reserve_steps(self, tokens: int) -> MemoryBudget:
+        """Reserve memory for forward passes of this many tokens, if less is reserved.
+
+        Args:
+            tokens: Of all sequences together, at most the context.
+
+        Returns:
+            The budget in force, with fewer slots if they had to make room.
+
+        Raises:
+            BudgetTooSmallError: The minimum budget no longer fits.
+        """
+        with self._shared.lock:
+            budget, config = self._budget, self.model.config
+            if budget.step_tokens is None or tokens <= budget.step_tokens:
+                return budget
+            assert budget.context is not None
+            settings = replace(self.placement_budget.settings, step_tokens=tokens)
+            work = step_workspace(
+                config, self.model.dtype, settings,
+                context=budget.context, first_use=budget.first_use,
+            )  # fmt: skip
+            longest = step_tokens(config, settings, budget.context)
+            larger = replace(budget, workspace=work, step_tokens=longest)
+            made = self._set_budget(larger.with_total(budget.total))
+            self.placement_budget = replace(self.placement_budget, settings=settings)
+            return made
+
+    def _set_budget(self, budget: MemoryBudget) -> MemoryBudget:
         counts = budget.slots()
         check_system_memory(budget, self.model.device)
         if self._budget.planned is not None and budget.planned is None:

@@ -59,23 +59,26 @@ def write(tokenizer: Tokenizer, folder: Path, kind: str | None = None) -> Path:
 READ = """
 import sys
 from pathlib import Path
+import torch
 from transformers import AutoTokenizer
 from moefit.host import peak_process_bytes
 from moefit.host import process_bytes
-from moefit.serve.cache.resize import return_freed_memory
+from moefit.serve.memory.estimate import settled_bytes
+from moefit.serve.memory.release import return_freed_memory
 from moefit.server.tokenizer import RequestTokenizer
 
-before = process_bytes()
+cpu = torch.device("cpu")
+before, settled = process_bytes(), settled_bytes(cpu)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 peak = peak_process_bytes() - before
 return_freed_memory()
-held = process_bytes()
+held, now = settled_bytes(cpu) - settled, process_bytes()
 requests = RequestTokenizer(tokenizer, size=len(tokenizer), max_tokens=100)
 for token in range(len(tokenizer)):
     requests.text_and_bytes(token)
     if token > 20_000:
         break
-print(held - before, peak, process_bytes() - held, max(0, peak_process_bytes() - before - peak))
+print(held, peak, process_bytes() - now, max(0, peak_process_bytes() - before - peak))
 """
 
 

@@ -5,9 +5,7 @@ of the old and the new size. New slots are empty. Callers fill them, hold the lo
 and have no swap in progress.
 """
 
-import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +16,7 @@ from moefit.serve.cache.swaps import Spares
 from moefit.serve.config import BlockPlacement, Placement
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.estimate import SPARES
+from moefit.serve.memory.release import return_freed_memory
 
 Blocks = Mapping[str, VirtualExperts]
 
@@ -199,15 +198,3 @@ def _add_slot(
     experts.slots[index] = slot
     if owner is not None:
         experts.slot_table.set_owner(owner, index)
-
-
-def return_freed_memory() -> None:
-    """Return freed memory of the C heap and of torch's GPU cache to the system.
-
-    Slots are mappings and return at once, but the heap retains other freed blocks of a few MiB,
-    such as weights after they were encoded.
-    """
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -41,16 +41,26 @@ class TokenHolder(Protocol):
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> RemovableHandle:
-    """Make the model raise ConfigError for steps that would hold too many tokens.
+def limit_context(
+    model: nn.Module, limit: Callable[[], int | None], step_limit: Callable[[], int | None]
+) -> RemovableHandle:
+    """Make the model raise ConfigError for steps that would hold or compute too many tokens.
 
     Args:
         model: The model.
         limit: Returns the maximum number of tokens over all sequences, including the cached ones;
             None for no limit.
+        step_limit: Returns the maximum number without the cached ones; None for no limit.
     """
 
     def check(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        longest, new = step_limit(), _tokens_of_step(inputs, named)
+        if longest is not None and new > longest:
+            raise ConfigError(
+                f"this step would compute {new:,} tokens at once, but the memory budget reserves "
+                f"for {longest:,}; load with step_tokens={new} or more, or compute the prompt in "
+                "parts (generate's prefill_chunk_size)"
+            )
         maximum = limit()
         if maximum is None:
             return
@@ -65,14 +75,22 @@ def limit_context(model: nn.Module, limit: Callable[[], int | None]) -> Removabl
     return model.register_forward_pre_hook(check, with_kwargs=True)
 
 
+def _tokens_of_step(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
+    """Return the new tokens of a step, over all sequences."""
+    return max((one.shape[0] * one.shape[1] for one in _token_tensors(inputs, named)), default=0)
+
+
+def _token_tensors(inputs: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
+    given = [*inputs[:1], *(named.get(name) for name in _TOKENS)]
+    return [one for one in given if isinstance(one, Tensor) and one.dim() >= 2]
+
+
 def _tokens_after_step(inputs: tuple[Any, ...], named: dict[str, Any]) -> int:
     """Return the tokens of all sequences after a step, of the encoder or decoder if longer."""
     cache: Any = given_cache(named)
     if isinstance(cache, TokenHolder):
         return cache.tokens_held()
-    given = [*inputs[:1], *(named.get(name) for name in _TOKENS)]
-    tensors = [one for one in given if isinstance(one, Tensor) and one.dim() >= 2]
-    if not tensors:
+    if not (tensors := _token_tensors(inputs, named)):
         return 0
     sequences = max(one.shape[0] for one in tensors)
     new = max(one.shape[1] for one in tensors)

@@ -68,22 +68,31 @@ def _expanded_widths(text: Any) -> tuple[int, int]:
 
 
 def workspace_bytes(
-    config: Any, tokens: int, dtype: torch.dtype, *, first_use: int = FIRST_USE
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    first_use: int = FIRST_USE,
+    context: int | None = None,
+    copies: bool = False,
 ) -> int:
     """Return the bytes that a forward pass needs besides weights and cache.
 
-    Per token: 16 tensors of the model's width for the residual stream and a block's intermediates,
-    three of the widest MLP, three of K rows for the routed experts, and three of one layer's
-    expanded keys and values of latent attention. Per row of one call of the experts' kernel: hidden
-    units in float32, 16 bits, digits and panels, and outputs in float32. In addition two rows of
-    logits, also in float32, with what sampling makes of one, and one layer's attention scores where
-    no fused kernel avoids them.
+    Per token of the pass: 16 tensors of the model's width for the residual stream and a block's
+    intermediates, three of the widest MLP, and three of K rows for the routed experts. Per token of
+    the context: three of one layer's expanded keys and values of latent attention, and four of the
+    model's width where keys and values are copied. Per row of one call of
+    the experts' kernel: hidden units in float32, 16 bits, digits and panels, and outputs in
+    float32. In addition two rows of logits, also in float32, with what sampling makes of one, and
+    one layer's attention scores where no fused kernel avoids them.
 
     Args:
         config: The model's transformers configuration.
         tokens: In the pass, over all sequences.
         dtype: Of activations.
         first_use: `FIRST_USE`, or `KERNEL_FIRST_USE` for a model that kernels compute.
+        context: Tokens that the pass attends to, over all sequences; None: those of the pass.
+        copies: Whether attention copies the keys and values of a layer, as torch's does.
     """
     text = config.get_text_config(decoder=True)
     width = _first(text, "hidden_size", "d_model") or 0
@@ -100,12 +109,15 @@ def workspace_bytes(
     k = experts_per_token(text)
     vocabulary = _first(text, "vocab_size") or 0
     expanded = (_first(text, *_HEADS) or 0) * sum(_expanded_widths(text))
-    per_token = (16 * width + 3 * wide + 3 * k * width + 3 * expanded) * dtype.itemsize
-    scores = _score_bytes(config, tokens)
+    context = tokens if context is None else max(context, tokens)
+    per_token = (16 * width + 3 * wide + 3 * k * width) * dtype.itemsize
+    copied = 4 * width * (context - tokens) if copies else 0
+    attended = (3 * expanded * context + copied) * dtype.itemsize
+    scores = _score_bytes(config, tokens, context)
     logits = vocabulary * (2 * (4 + dtype.itemsize) + _SAMPLING)
     expert = _first(text, "moe_intermediate_size", "intermediate_size", "d_ff", "decoder_ffn_dim")
     routed = min(MAX_ROWS, k * tokens) * (14 * (expert or 0) + 8 * width)
-    return first_use + tokens * per_token + scores + logits + routed
+    return first_use + tokens * per_token + attended + scores + logits + routed
 
 
 def extra_logits_bytes(
@@ -125,8 +137,8 @@ def extra_logits_bytes(
     return others + min(prompt_logits, tokens * vocabulary * dtype.itemsize)
 
 
-def _score_bytes(config: Any, tokens: int) -> int:
-    """Return the bytes of the attention scores [H, T, T] that exist at the same time.
+def _score_bytes(config: Any, tokens: int, context: int) -> int:
+    """Return the bytes of the attention scores [H, T, C] that exist at the same time.
 
     Zero where a fused kernel avoids them. They exist without SDPA (attention sinks, soft caps), and
     with it where keys and values differ in width. Measured at 1024 to 1536 tokens: 2 to 2.4 such
@@ -137,7 +149,7 @@ def _score_bytes(config: Any, tokens: int) -> int:
     if config._attn_implementation != "eager" and key == value:
         return 0
     at_once = 3 if config.is_encoder_decoder else 4
-    return at_once * (_first(text, *_HEADS) or 0) * tokens**2 * 4
+    return at_once * (_first(text, *_HEADS) or 0) * tokens * context * 4
 
 
 def experts_per_token(config: Any) -> int:

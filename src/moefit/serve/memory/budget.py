@@ -135,11 +135,12 @@ class MemoryBudget:
 
     Args:
         total: The budget; None means as much as it takes for all experts to be resident.
-        process: Interpreter and libraries when loading starts, including `slack`.
+        process: Interpreter and libraries while serving, including `slack`.
         weights: Dense weights, with the probes that predict experts and the draft model.
         kv_cache: For `context` tokens.
+        step_tokens: Tokens of the longest forward pass; None if no estimate was made.
         kv_dtype: Of the KV cache: a dtype, or int8; None if no estimate was made.
-        workspace: Activations of a forward pass over `context` tokens.
+        workspace: Activations of a forward pass over `step_tokens` tokens.
         staging: Buffers between storage and slots, and spare slots.
         blocks: The MoE blocks.
         context: Tokens of all sequences together; None if no estimate was made.
@@ -148,6 +149,8 @@ class MemoryBudget:
         format_totals: Where experts may differ in format, the bytes of all experts by format,
             smallest first. Slots are counted in the first format.
         tokenizer: The loaded tokenizer, with caches of its tokens.
+        unused: Pages of libraries that serving does not use, beside `process` until loading starts
+            and drops them.
         reading: Peak while the tokenizer is read, which happens before anything else is loaded.
         encoding: Dense weights before they are encoded, and the largest encoded matrix: what a
             process loads before slots, beside the tokenizer. 0 if nothing is encoded.
@@ -170,6 +173,7 @@ class MemoryBudget:
     planned: PlannedSlots | None = None
     format_totals: tuple[tuple[str, int], ...] = ()
     tokenizer: int = 0
+    unused: int = 0
     reading: int = 0
     encoding: int = 0
     slack: int = 0
@@ -177,6 +181,7 @@ class MemoryBudget:
     probes: int = 0
     draft: int = 0
     kv_dtype: str | None = None
+    step_tokens: int | None = None
 
     @property
     def fixed(self) -> int:
@@ -201,7 +206,8 @@ class MemoryBudget:
 
     def _loading(self) -> int:
         """Return the largest total before slots are allocated."""
-        return self.process + max(self.reading, self.encoding and self.tokenizer + self.encoding)
+        encoding = self.encoding and self.tokenizer + self.encoding
+        return self.process + max(self.unused, self.reading, encoding)
 
     @property
     def all_resident_bytes(self) -> int:
@@ -305,7 +311,7 @@ class MemoryBudget:
         }
 
     def _planned_slots(self, planned: PlannedSlots) -> tuple[int, ...]:
-        needed = max(self.planned_bytes, self.process + self.reading)
+        needed = max(self.planned_bytes, self.process + max(self.unused, self.reading))
         if self.total is not None and needed > self.total:
             raise BudgetTooSmallError(
                 f"a budget of {format_bytes(self.total)} is too small for the plan, which takes "
@@ -328,6 +334,8 @@ class MemoryBudget:
                 f"{format_bytes(self.encoding)} of dense weights while they are being encoded); "
                 f"give {at_least(self.min_bytes)}"
             )
+        if self.process + self.unused == self.min_bytes:
+            return f"{below}, which importing libraries takes; give {at_least(self.min_bytes)}"
         if self._loading() == self.min_bytes:
             return (
                 f"{below} ({format_bytes(self.process)} {PARTS['process']}, "

@@ -64,6 +64,7 @@ from moefit.serve.memory.budget import (
     parse_bytes,
 )
 from moefit.serve.memory.draft import DRAFT_STEP, draft_settings, draft_skeleton
+from moefit.serve.memory.release import LIBRARY_PAGES, droppable_bytes
 from moefit.serve.memory.tokenizer_size import TokenizerSize, tokenizer_size
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import (
@@ -79,6 +80,7 @@ SPARES = 2  # spare slots per format and size
 # Allowance for differences of process size between commands and between runs. Measured on
 # generate, eval, bench, chat, serve and describe: less than 3 MiB.
 RUN_TO_RUN = 8 << 20
+MIN_STEP_TOKENS = 64  # what is computed while loading, to compare kernels, is shorter
 _MIB = 1 << 20
 _LOG = logging.getLogger(__name__)
 
@@ -90,6 +92,12 @@ def held_bytes(device: torch.device) -> int:
     without the CUDA context.
     """
     return process_bytes() if device.type == "cpu" else torch.cuda.memory_reserved(device)
+
+
+def settled_bytes(device: torch.device) -> int:
+    """Return `held_bytes` as they will be once unused pages of libraries have been dropped."""
+    held = held_bytes(device)
+    return held if device.type != "cpu" else held - droppable_bytes() + LIBRARY_PAGES
 
 
 def peak_held_bytes(device: torch.device) -> int:
@@ -262,7 +270,8 @@ def memory_budget(
     draft = draft_bytes(settings, first_use)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
-        process=held_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
+        process=settled_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
+        unused=0 if on_gpu else max(0, droppable_bytes() - LIBRARY_PAGES),
         slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
@@ -273,10 +282,8 @@ def memory_budget(
         context=context,
         kv_cache=context * kv_bytes_per_token(config, dtype, int8=int8),
         kv_dtype=INT8_CACHE if int8 else str(dtype).removeprefix("torch."),
-        workspace=workspace_bytes(config, context, dtype, first_use=first_use)
-        + extra_logits_bytes(
-            config, context, dtype, settings.sequences + settings.draft_rows, settings.prompt_logits
-        ),
+        workspace=step_workspace(config, dtype, settings, context=context, first_use=first_use),
+        step_tokens=step_tokens(config, settings, context),
         first_use=first_use,
         staging=_staging_bytes(skeleton, settings, packed),
         host=_host_bytes(skeleton, settings) if on_gpu and skeleton.blocks else None,
@@ -318,9 +325,38 @@ def draft_bytes(settings: LoadSettings, first_use: int) -> int:
         + slots
         + _staging_bytes(skeleton, own, PackedStore({}))
         + settings.context * kv_bytes_per_token(config, dtype)
-        + workspace_bytes(config, step, dtype, first_use=more)
+        + workspace_bytes(config, step, dtype, first_use=more, context=settings.context)
         + extra_logits_bytes(config, step, dtype, rows, 0)
     )
+
+
+def step_workspace(
+    config: Any, dtype: torch.dtype, settings: LoadSettings, *, context: int, first_use: int
+) -> int:
+    """Return the bytes of the activations and logits of the longest pass.
+
+    Args:
+        config: The model's transformers configuration.
+        dtype: Of activations.
+        settings: With the sizes of passes.
+        context: Tokens of the KV cache.
+        first_use: As in `MemoryBudget`.
+    """
+    tokens = step_tokens(config, settings, context)
+    rows = settings.sequences + settings.draft_rows
+    logits = extra_logits_bytes(config, tokens, dtype, rows, settings.prompt_logits)
+    copies = first_use == FIRST_USE
+    work = workspace_bytes(
+        config, tokens, dtype, first_use=first_use, context=context, copies=copies
+    )
+    return work + logits
+
+
+def step_tokens(config: Any, settings: LoadSettings, context: int) -> int:
+    """Return the tokens of the longest pass. An encoder's text is always computed at once."""
+    if settings.step_tokens is None or config.is_encoder_decoder:
+        return context
+    return min(max(settings.step_tokens, MIN_STEP_TOKENS), context)
 
 
 def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
@@ -533,7 +569,7 @@ class PlacementBudget:
     def _in_this_process(self, budget: MemoryBudget) -> MemoryBudget:
         """Replace estimates of process and tokenizer by what was measured while loading."""
         measured = {"process": self.process, "tokenizer": self.tokenizer}
-        return replace(budget, **measured, slack=0, reading=0, encoding=0)
+        return replace(budget, **measured, slack=0, unused=0, reading=0, encoding=0)
 
     def _skeleton(self) -> Skeleton:
         return build_skeleton(self.folder, self.settings.dtype, self.settings.adapter)

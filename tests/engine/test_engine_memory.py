@@ -1,0 +1,102 @@
+"""The engine's steps fit what the budget reserves for activations."""
+
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch
+from tiny_served import saved, tiny
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from moefit.advise.serving import STEP_TOKENS
+from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams
+from moefit.engine.engine import Engine
+from moefit.errors import BudgetTooSmallError, ConfigError
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.load import load_model
+from moefit.serve.memory.estimate import MIN_STEP_TOKENS, memory_budget
+
+CONTEXT, MIB = 1024, 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    model = tiny("Mixtral", hidden_size=128, intermediate_size=2048, num_hidden_layers=3,
+                 max_position_embeddings=CONTEXT, num_local_experts=8)  # fmt: skip
+    return saved(model, tmp_path_factory.mktemp("steps"))
+
+
+def settings(step_tokens: int | None, memory: int | None = None) -> LoadSettings:
+    return LoadSettings(context=CONTEXT, step_tokens=step_tokens, memory=memory)
+
+
+def finished(engine: Engine, prompt: list[int]) -> FinishedEvent:
+    events: SimpleQueue[Event] = SimpleQueue()
+    engine.submit(prompt, SamplingParams(max_tokens=3, temperature=0.0), events.put)
+    while not isinstance(event := events.get(timeout=60), FinishedEvent):
+        pass
+    return event
+
+
+def test_short_steps_reserve_less(folder: Path) -> None:
+    skeleton = build_skeleton(folder)
+    whole, short = (memory_budget(skeleton, settings(one)) for one in (None, 128))
+    assert (whole.step_tokens, short.step_tokens) == (CONTEXT, 128)
+    assert whole.workspace - short.workspace > (CONTEXT - 128) * 16 * 128 * 4
+    assert memory_budget(skeleton, settings(1)).step_tokens == MIN_STEP_TOKENS
+    assert EngineSettings().step_tokens == STEP_TOKENS  # what `moefit advise` counts
+
+
+def test_prompts_longer_than_a_step_are_computed_in_parts(folder: Path) -> None:
+    sizes = EngineSettings(max_concurrency=2, prefill_chunk=100)
+    least = memory_budget(build_skeleton(folder), settings(sizes.step_tokens)).min_bytes
+    with load_model(folder, settings(sizes.step_tokens, least + 16 * MIB)) as served:
+        with pytest.raises(ConfigError, match="step_tokens=103 or more"):
+            served.model(torch.arange(3, 106)[None] % 60)
+        engine = Engine(served, sizes)
+        engine.start()
+        try:
+            assert finished(engine, [3 + n % 50 for n in range(950)]).reason == "length"
+        finally:
+            engine.close()
+        assert served.budget.step_tokens == 102
+
+
+def test_engine_with_longer_steps_takes_the_memory_from_slots(folder: Path) -> None:
+    budget = memory_budget(build_skeleton(folder), settings(64))
+    served = load_model(folder, settings(64, budget.all_resident_bytes))
+    with served:
+        before = sum(served.report()["slots"].values())
+        Engine(served, EngineSettings(max_concurrency=1, prefill_chunk=CONTEXT)).close()
+        assert served.budget.step_tokens == CONTEXT
+        assert served.budget.total == budget.all_resident_bytes
+        assert sum(served.report()["slots"].values()) < before
+        served.check()
+        served.set_memory(None)
+        assert sum(served.report()["slots"].values()) >= before
+        assert served.placement_budget.settings.step_tokens == CONTEXT
+
+
+def test_longer_steps_that_do_not_fit_are_refused(folder: Path) -> None:
+    least = memory_budget(build_skeleton(folder), settings(64)).min_bytes
+    with load_model(folder, settings(64, least + 16 * MIB)) as served:
+        with pytest.raises(BudgetTooSmallError, match="shorter context"):
+            served.reserve_steps(CONTEXT)
+        assert served.budget.step_tokens == 64
+
+
+def test_encoders_compute_their_text_at_once(tmp_path: Path) -> None:
+    config = SwitchTransformersConfig(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2,
+    )  # fmt: skip
+    skeleton = build_skeleton(saved(SwitchTransformersForConditionalGeneration(config), tmp_path))
+    budget = memory_budget(skeleton, LoadSettings(context=256, step_tokens=64))
+    assert budget.step_tokens == 256
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, True])
+def test_step_tokens_that_are_no_number_of_tokens(value) -> None:
+    with pytest.raises(ConfigError, match="step_tokens"):
+        LoadSettings(step_tokens=value).check()
