@@ -2,7 +2,9 @@
 
     python benchmarks/make_kquants.py SHAPE.gguf TYPES.gguf OUT.gguf
 
-Quantising a large model to K-quants takes long, and values do not affect speed. Shapes,
+Quantising a large model to K-quants takes long, and in memory values do not affect speed. Where
+experts are read they do: with random codes nearly all tokens choose the same experts, so quantise
+the model itself to compare under a memory limit. Shapes,
 settings and vocabulary are those of SHAPE.gguf (moefit export --format gguf --type q4_0). A
 tensor has the type of the same name in TYPES.gguf, a narrow model with as many layers, experts
 and heads per key head, on which the quantiser's choices depend (llama-quantize F16.gguf

@@ -40,6 +40,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
 
 import moefit
+from moefit.engine.api import EngineSettings
 from moefit.evaluate.bandwidth import measure_bandwidth
 from moefit.evaluate.speed import measure_speed
 from moefit.folders import cache_root
@@ -175,6 +176,7 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     settings = {
         "memory": arguments.memory,
         "context": arguments.context,
+        "step_tokens": max(arguments.prompt_tokens, EngineSettings().step_tokens),
         "precision": precision,
         "dense_precision": rest or precision,
         **POLICIES[policy],
