@@ -139,7 +139,12 @@ def served_sizes(shape: Shape, precision: str, *, context: int, is_gpu: bool) ->
         context=context,
         kv_cache=context * kv_per_token,
         workspace=workspace_bytes(
-            config, min(STEP_TOKENS, context), _DTYPE, first_use=first_use, context=context
+            config,
+            min(STEP_TOKENS, context),
+            _DTYPE,
+            first_use=first_use,
+            context=context,
+            copies=first_use == FIRST_USE,
         ),
         first_use=first_use,
         staging=SPARES * size,

@@ -81,10 +81,10 @@ def workspace_bytes(
     Per token of the pass: 16 tensors of the model's width for the residual stream and a block's
     intermediates, three of the widest MLP, and three of K rows for the routed experts. Per token of
     the context: three of one layer's expanded keys and values of latent attention, and four of the
-    model's width where keys and values are copied. Per row of one call of
-    the experts' kernel: hidden units in float32, 16 bits, digits and panels, and outputs in
-    float32. In addition two rows of logits, also in float32, with what sampling makes of one, and
-    one layer's attention scores where no fused kernel avoids them.
+    model's width where keys and values are copied. Per row of one call of the experts' kernel:
+    hidden units in float32, 16 bits, digits and panels, and outputs in float32. In addition two
+    rows of logits, also in float32, with what sampling makes of one, and one layer's attention
+    scores where no fused kernel avoids them.
 
     Args:
         config: The model's transformers configuration.
