@@ -7,6 +7,7 @@ are not verified, since the text shows it later; `StepTimes` knows the seconds o
 number of tokens; `choose_lengths` maximises tokens per second. No tensors.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -16,14 +17,17 @@ from operator import mul
 _EVIDENCE = (2, 3, 4, 5, 7, 9, 13)  # least evidence of each class
 # Probability that a token is accepted, by class of evidence, before anything is known.
 LOOKUP_PRIOR = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85)
+SAMPLED_PRIOR = (0.15, 0.2, 0.25, 0.35, 0.45, 0.55, 0.65)  # the same for sampled requests
 COMPUTED_PRIOR = (0.6,) * len(_EVIDENCE)
 _PRIOR_TRIALS = 8.0  # how many trials it counts as, in the engine's counts
 _SHARED_TRIALS = 6.0  # how many trials the engine's counts count as, in those of a request
 _FACTOR_TRIALS = 3.0  # how many trials a request's factor of 1 counts as
 _OWN_MEMORY, _SHARED_MEMORY = 0.97, 0.995  # weight of what was known, at each trial
 _FACTOR_MEMORY = 0.9  # the same for a request's factor
+_VERIFIED_TRIALS = 3.0  # accepted tokens that a correction of 1 counts as
+_VERIFIED_MEMORY = 0.95  # weight of what was known, at each verified draft
 _MOST = 0.99
-GAIN = 1.03  # least gain for which drafts are verified
+GAIN = 1.08  # least gain for which drafts are verified: expectations are not that exact
 
 
 def evidence_class(evidence: int) -> int:
@@ -53,11 +57,33 @@ class Counts:
         return accepted / (self.trials[number] + _PRIOR_TRIALS)
 
 
+class Correction:
+    """Accepted tokens of verified drafts over those that were expected of them.
+
+    Drafts are verified where most is expected, so among estimates that are right on average those
+    that are too high are chosen more often.
+    """
+
+    def __init__(self):
+        self._accepted = self._expected = 0.0
+
+    @property
+    def factor(self) -> float:
+        """What expectations are multiplied by, at most 1."""
+        return min(1.0, (self._accepted + _VERIFIED_TRIALS) / (self._expected + _VERIFIED_TRIALS))
+
+    def add(self, expected: float, accepted: int) -> None:
+        """Count a verified draft."""
+        self._accepted = _VERIFIED_MEMORY * self._accepted + accepted
+        self._expected = _VERIFIED_MEMORY * self._expected + expected
+
+
 class _Own:
     """What is known of one request: counts, and how its drafts do beside those of all requests."""
 
-    def __init__(self, shared: Counts):
+    def __init__(self, shared: Counts, correction: Correction):
         self.shared, self.counts = shared, Counts(_OWN_MEMORY)
+        self.correction = correction  # that of all requests of its kind
         self._accepted = self._expected = 0.0
 
     @property
@@ -81,15 +107,22 @@ class Acceptance:
 
     Args:
         prior: How likely tokens are accepted before anything is known, by class of evidence.
+        sampled: The same for sampled requests.
     """
 
-    def __init__(self, prior: Sequence[float] = LOOKUP_PRIOR):
-        self._shared = {sampled: Counts(_SHARED_MEMORY, prior) for sampled in (False, True)}
+    def __init__(
+        self, prior: Sequence[float] = LOOKUP_PRIOR, sampled: Sequence[float] = SAMPLED_PRIOR
+    ):
+        self._shared = {
+            False: Counts(_SHARED_MEMORY, prior),
+            True: Counts(_SHARED_MEMORY, sampled),
+        }
+        self._corrections = {False: Correction(), True: Correction()}
         self._own: dict[str, _Own] = {}
 
     def open(self, request: str, *, sampled: bool) -> None:
         """Begin a request; `sampled` if it is not greedy."""
-        self._own[request] = _Own(self._shared[sampled])
+        self._own[request] = _Own(self._shared[sampled], self._corrections[sampled])
 
     def close(self, request: str) -> None:
         """Forget a request."""
@@ -108,8 +141,25 @@ class Acceptance:
 
     def chances(self, request: str, evidence: int, tokens: int) -> list[float]:
         """Return how likely each token of a draft is reached and right."""
-        each = [self.probability(request, evidence + place) for place in range(tokens)]
-        return list(accumulate(each, mul))
+        by_class: dict[int, float] = {}
+        each: list[float] = []
+        for place in range(tokens):
+            number = evidence_class(evidence + place)
+            if number not in by_class:
+                by_class[number] = self.probability(request, evidence + place)
+            each.append(by_class[number])
+        return list(accumulate(each, mul, initial=self._own[request].correction.factor))[1:]
+
+    def verified(self, request: str, chances: Sequence[float], accepted: int) -> None:
+        """Count a verified draft.
+
+        Args:
+            request: Request id.
+            chances: Of its tokens, as `chances` returned them.
+            accepted: How many of them were right.
+        """
+        correction = self._own[request].correction
+        correction.add(sum(chances) / correction.factor, accepted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +205,7 @@ class StepTimes:
     def __init__(self, growth: Callable[[int], float]):
         self._growth = growth
         self._known: dict[int, tuple[float, int]] = {}  # mean seconds, measurements
+        self._sorted: tuple[list[int], list[float]] | None = None
 
     def add(self, tokens: int, seconds: float) -> None:
         """Add a measurement; single slow ones, such as of a busy machine, count little."""
@@ -163,6 +214,7 @@ class StepTimes:
         weight = max(1 / (number + 1), _WEIGHT)
         seconds = min(seconds, _SLOW * mean)
         self._known[size] = (mean + weight * (seconds - mean), number + 1)
+        self._sorted = None
 
     def seconds(self, tokens: int) -> float | None:
         """Return the expected seconds of a step; None before the first measurement.
@@ -170,27 +222,27 @@ class StepTimes:
         Between two measured sizes it is interpolated. Steps of a size take at most as long as
         larger ones were measured to take, so that one slow step does not outweigh later ones.
         """
-        size = _size(tokens)
-        below = [one for one in self._known if one <= size]
-        above = [one for one in self._known if one > size]
-        if not below and not above:
+        size, (sizes, seconds) = _size(tokens), self._table()
+        if not sizes:
             return None
-        if not below:
-            return self._most(min(above)) / self._growth(min(above)) * self._growth(size)
-        slowest = max(map(self._most, below))
-        nearest = max(below)
+        above = bisect_right(sizes, size)
+        if not above:
+            return seconds[0] / self._growth(sizes[0]) * self._growth(size)
+        nearest, slowest = sizes[above - 1], seconds[above - 1]
         if nearest == size:
             return slowest
-        if above and (largest := self._most(min(above))) > slowest:
-            part = (size - nearest) / (min(above) - nearest)
-            return slowest + part * (largest - slowest)
-        if above:
-            return slowest
-        return slowest * self._growth(size) / self._growth(nearest)
+        if above == len(sizes):
+            return slowest * self._growth(size) / self._growth(nearest)
+        part = (size - nearest) / (sizes[above] - nearest)
+        return slowest + part * (seconds[above] - slowest)
 
-    def _most(self, size: int) -> float:
-        """Return the seconds of a measured size, at most those of any larger one."""
-        return min(mean for one, (mean, _) in self._known.items() if one >= size)
+    def _table(self) -> tuple[list[int], list[float]]:
+        """Return the measured sizes and the seconds of each, at most those of any larger one."""
+        if self._sorted is None:
+            sizes = sorted(self._known)
+            falling = accumulate((self._known[size][0] for size in reversed(sizes)), min)
+            self._sorted = sizes, list(falling)[::-1]
+        return self._sorted
 
 
 class DraftingTimes:

@@ -15,7 +15,6 @@ from time import monotonic
 from moefit.engine.invariance import Invariance
 from moefit.engine.speculation.cost import (
     COMPUTED_PRIOR,
-    LOOKUP_PRIOR,
     Acceptance,
     DraftingTimes,
     StepGrowth,
@@ -42,6 +41,7 @@ from moefit.serve.model import ServedModel
 
 PROBE_STEPS = 64  # steps without drafts after which one tries a few, to measure it
 _PROBE_TOKENS, _PROBE_CHANCE = 3, 0.5
+_COMPUTED_PROBE_CHANCE = 0.2  # lower, since what is not computed is not counted either
 # Tokens that a drafter may have to read first, by token that a request may still generate, and up
 # to which the time of drafting is measured.
 _READ_FIRST, _READ_MEASURED = 16, 32
@@ -117,10 +117,12 @@ class Speculation:
         self._served, self._drafter, self._packed = served, drafter, packed
         self.choose: Callable[..., dict[str, int]] = choose_lengths
         self._computes = drafter is not None and drafter.computes
-        self._acceptance = Acceptance(COMPUTED_PRIOR if self._computes else LOOKUP_PRIOR)
+        priors = (COMPUTED_PRIOR, COMPUTED_PRIOR) if self._computes else ()
+        self._acceptance = Acceptance(*priors)
         self._times, self._drafting = StepTimes(StepGrowth()), DraftingTimes()
         self._seen: tuple[MemoryBudget, Policy] | None = None  # in force when times were measured
         self._drafts: dict[str, Draft] = {}  # of this step, also those that are not verified
+        self._chances: dict[str, list[float]] = {}  # of their tokens
         self._totals, self._without = _Totals(), 0
         self._failed = ""
 
@@ -243,6 +245,7 @@ class Speculation:
         if not known:
             return {}
         chances = {name: self._acceptance.chances(name, *one) for name, one in known.items()}
+        self._chances = chances
         chosen = self.choose(
             chances,
             tokens=tokens,
@@ -256,7 +259,8 @@ class Speculation:
         self._totals.plain_steps += 1
         self._without += 1
         likeliest = max(chances, key=lambda name: chances[name][0])
-        if self._without < PROBE_STEPS or chances[likeliest][0] < _PROBE_CHANCE:
+        least = _COMPUTED_PROBE_CHANCE if self._computes else _PROBE_CHANCE
+        if self._without < PROBE_STEPS or chances[likeliest][0] < least:
             return {}
         self._without = 0
         return {likeliest: min(_PROBE_TOKENS, len(chances[likeliest]))}
@@ -279,6 +283,7 @@ class Speculation:
                 break
             right += place < verified
         if verified:
+            self._acceptance.verified(request, self._chances[request][:verified], right)
             self._totals.drafts += 1
             self._totals.drafted += verified
             for place in range(right):
