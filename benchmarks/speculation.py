@@ -14,8 +14,8 @@ random tokens, whatever the model says, and each drafted token is right with tha
 tokens use related experts.
 
 Arms take turns: `off`; `auto`, as served; `always`, which verifies all that is drafted, up to
-`--always` tokens. Seconds are those from the first token to the last, the median of `--rounds` runs of
-an answer.
+`--always` tokens. Seconds are those from the first token to the last, of the median of `--rounds`
+runs of an answer.
 """
 
 import argparse
