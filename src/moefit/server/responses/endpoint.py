@@ -58,18 +58,25 @@ def _message_item(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [part]}
 
 
-def _items(message: ChatMessage) -> list[dict[str, Any]]:
-    """Return the output items of a whole message."""
+def _items(message: ChatMessage, *, cut: bool) -> list[dict[str, Any]]:
+    """Return the output items of a whole message; the last one may be cut."""
     output = _Output()
     if message.reasoning_content:
         part = {"type": "reasoning_text", "text": message.reasoning_content}
         output.begin("reasoning", summary=[], content=[part])
-    if message.content or not message.tool_calls:
+    if message.content or not (message.reasoning_content or message.tool_calls):
         output.begin("message", **_message_item(message.content or ""))
     for call in message.tool_calls or ():
         name, arguments = call.function.name, call.function.arguments
         output.begin("function_call", call_id=call.id, name=name, arguments=arguments)
-    return [{**item, "status": "completed"} for item in output.items]
+    for item in output.items:
+        item["status"] = "completed"
+    output.items[-1]["status"] = _status_of_last(cut=cut)
+    return output.items
+
+
+def _status_of_last(*, cut: bool) -> str:
+    return "incomplete" if cut else "completed"
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -101,7 +108,8 @@ class ResponseWriter:
         """Return the complete response."""
         answer = await self._chat.full_response(engine_events)
         (choice,) = answer.choices
-        return self._response(_items(choice.message), choice.finish_reason, answer.usage)
+        items = _items(choice.message, cut=choice.finish_reason == "length")
+        return self._response(items, choice.finish_reason, answer.usage)
 
     async def chunks(self, engine_events: EngineEvents) -> AsyncIterator[StreamEvent]:
         """Yield the events of a stream."""
@@ -118,7 +126,7 @@ class ResponseWriter:
         if not self._output.items:
             for event in self._began("message", **_message_item("")):
                 yield event
-        for event in self._ended():
+        for event in self._ended(cut=finish == "length"):
             yield event
         done = self._response(self._output.items, finish, usage)
         yield self._event(f"response.{done.status}", response=done.model_dump())
@@ -158,12 +166,12 @@ class ResponseWriter:
             events.append(self._item_event("content_part.added", content_index=0, part=part))
         return events
 
-    def _ended(self) -> list[StreamEvent]:
-        """Return the events that end the last item, if it has not ended."""
-        if not self._output.items or self._output.items[-1]["status"] == "completed":
+    def _ended(self, *, cut: bool = False) -> list[StreamEvent]:
+        """Return the events that end the last item, if it has not ended; it may be cut."""
+        if not self._output.items or self._output.items[-1]["status"] != "in_progress":
             return []
         item = self._output.items[-1]
-        item["status"] = "completed"
+        item["status"] = _status_of_last(cut=cut)
         events: list[StreamEvent] = []
         if item["type"] == "function_call":
             whole = {"name": item["name"], "arguments": item["arguments"]}

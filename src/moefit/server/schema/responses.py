@@ -128,6 +128,10 @@ class TextSettings(StrictModel):
     verbosity: None = None
 
 
+Included = Literal["reasoning.encrypted_content"]
+"""What may be included and has no effect: reasoning is not encrypted, but part of the answer."""
+
+
 class ResponsesRequest(StrictModel):
     """POST /v1/responses. `store`, `metadata`, `user` and the like have no effect."""
 
@@ -148,7 +152,7 @@ class ResponsesRequest(StrictModel):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: None = None
-    include: Annotated[Items[str], Field(max_length=0)] | None = None
+    include: Annotated[Items[Included], Field(max_length=8)] | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
