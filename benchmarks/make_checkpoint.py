@@ -25,6 +25,7 @@ from transformers import (
     OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
     SwitchTransformersConfig,
 )
 from transformers.core_model_loading import revert_weight_conversion
@@ -63,6 +64,17 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     "gpt-oss-20b": (
         GptOssConfig(num_hidden_layers=24, num_local_experts=32),
         "GptOssForCausalLM",
+        torch.bfloat16,
+    ),
+    # Qwen/Qwen3-30B-A3B: 48 layers, 128 experts of 2048 x 768, 8 per token
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig(
+            hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, head_dim=128,
+            num_key_value_heads=4, moe_intermediate_size=768, intermediate_size=6144,
+            num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, vocab_size=151936,
+            max_position_embeddings=40960,
+        ),
+        "Qwen3MoeForCausalLM",
         torch.bfloat16,
     ),
     # OLMoE at small scale, to try the benchmarks

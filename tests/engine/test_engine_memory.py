@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     return saved(model, tmp_path_factory.mktemp("steps"))
 
 
-def settings(step_tokens: int | None, memory: int | None = None) -> LoadSettings:
+def settings(step_tokens: int | None, memory: int | str | None = None) -> LoadSettings:
     return LoadSettings(context=CONTEXT, step_tokens=step_tokens, memory=memory)
 
 
@@ -61,6 +62,19 @@ def test_prompts_longer_than_a_step_are_computed_in_parts(folder: Path) -> None:
         finally:
             engine.close()
         assert served.budget.step_tokens == 102
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}])
+def test_generate_computes_long_prompts_in_parts(folder: Path, how: dict[str, Any]) -> None:
+    ids_BT = torch.arange(3, 403).view(2, 200) % 60
+    least = memory_budget(build_skeleton(folder), settings(100)).min_bytes
+    outputs: list[torch.Tensor] = []
+    for step_tokens, memory in ((100, least + 16 * MIB), (None, "8GiB")):
+        with load_model(folder, settings(step_tokens, memory)) as served:
+            torch.manual_seed(0)
+            outputs.append(served.generate(ids_BT, max_new_tokens=4, pad_token_id=0, **how))
+            served.check()
+    assert torch.equal(*outputs)
 
 
 def test_engine_with_longer_steps_takes_the_memory_from_slots(folder: Path) -> None:

@@ -124,8 +124,21 @@ class ServedModel:
         return None if budget.total is None else budget.step_tokens
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the Hugging Face model does."""
+        """Generate as the Hugging Face model does; prompts longer than a step in parts."""
+        limit, context = self._longest_step(), self._context()
+        if limit is not None and context is not None and limit < context:
+            kwargs.setdefault("prefill_chunk_size", self._prompt_part(limit, args, kwargs))
         return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _prompt_part(self, limit: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Return the tokens of each sequence that a pass of at most `limit` tokens computes."""
+        given = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+        given = args[0] if args else given
+        config: Any = kwargs.get("generation_config") or self.model.generation_config
+        beams = kwargs.get("num_beams", config.num_beams) or 1
+        returned = kwargs.get("num_return_sequences", config.num_return_sequences) or 1
+        sequences = 1 if given is None else len(given)
+        return max(1, limit // (sequences * max(beams, returned)))
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
         """Change the memory budget.

@@ -58,8 +58,8 @@ def limit_context(
         if longest is not None and new > longest:
             raise ConfigError(
                 f"this step would compute {new:,} tokens at once, but the memory budget reserves "
-                f"for {longest:,}; load with step_tokens={new} or more, or compute the prompt in "
-                "parts (generate's prefill_chunk_size)"
+                f"for {longest:,}; load with step_tokens={new} or more, or compute the tokens in "
+                "parts, as generate does"
             )
         maximum = limit()
         if maximum is None:
