@@ -22,7 +22,13 @@ from moefit import demo
 from moefit.cli import app, models
 from moefit.cli.app import error_of
 from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS
-from moefit.errors import CheckpointError, ConfigError, DataError, MoefitError
+from moefit.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MoefitError,
+    UnsupportedModelError,
+)
 from moefit.quant.cpu_kernels import status
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.train.data.tokenizer import train_bpe
@@ -102,8 +108,10 @@ def test_generate_with_drafts_prints_the_same(saved):
     plain = run(*command, "--mode", "exact").stdout
     assert run(*command, "--speculate", "ngram").stdout == plain
     assert run(*command, "--speculate", f"draft:{saved}").stdout == plain
-    with pytest.raises(ConfigError, match="one of off, ngram, draft:MODEL"):
+    with pytest.raises(ConfigError, match="one of off, ngram, mtp, draft:MODEL"):
         run(*command, "--speculate", "eagle")
+    with pytest.raises(UnsupportedModelError, match="has no layer for multi-token prediction"):
+        run(*command, "--speculate", "mtp")
     drawn = run(*command, "--speculate", "ngram", "--temperature", "1", "--seed", "3")
     assert "draws other tokens" in drawn.stderr and drawn.stdout != plain
     with pytest.raises(DataError, match="the prompt is empty"):

@@ -74,7 +74,9 @@ FAMILIES = {
 
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any):
     """Return a model of the family with all parameters random, including biases and norms."""
-    config = getattr(transformers, f"{family}Config")(**(COMMON | FAMILIES[family] | changes))
+    config = getattr(transformers, f"{family}Config")(
+        **(COMMON | FAMILIES.get(family, {}) | changes)
+    )
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, f"{family}ForCausalLM")(config)
     for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "bias" in n)):

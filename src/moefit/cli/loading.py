@@ -283,6 +283,8 @@ def draft_memory(speculate: Speculate, context: int) -> dict[str, Any]:
     """
     if speculate.setting == "off":
         return {}
+    if speculate.setting == "mtp":
+        return {"draft_rows": MAX_STEP_DRAFTS, "mtp": True}
     if speculate.draft is not None:
         return {"draft_rows": MAX_STEP_DRAFTS, "draft": draft_folder_of(speculate.draft)}
     return {"draft_rows": MAX_STEP_DRAFTS, "helpers": LOOKUP_BYTES * context}

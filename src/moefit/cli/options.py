@@ -133,8 +133,9 @@ SpeculateOption = Annotated[
     str,
     advanced(
         "Verify several tokens a step where that is faster; answers stay the same. ngram: drafts "
-        "are what followed the last tokens where they occurred before; draft:MODEL: what a smaller "
-        "model with the same tokenizer says, which counts in --memory."
+        "are what followed the last tokens where they occurred before; mtp: what the model's layer "
+        "for multi-token prediction says; draft:MODEL: what a smaller model with the same "
+        "tokenizer says. Both count in --memory."
     ),
 ]
 InferenceRule = Annotated[

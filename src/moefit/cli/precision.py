@@ -105,7 +105,8 @@ def resolve_precision(
     decided = options.exact or options.precision is not None or serving.sets_mode
     if options.memory is None or decided or serving.has_plan:
         return options
-    skeleton = build_skeleton(folder_of(model), torch_dtype(options.dtype), options.adapter)
+    dtype, mtp = torch_dtype(options.dtype), settings.get("mtp", False)
+    skeleton = build_skeleton(folder_of(model), dtype, options.adapter, mtp=mtp)
     base = LoadSettings(**{**options.load_settings(), **settings})
     dense = _DENSE if options.dense == NATIVE_PRECISION else (options.dense,)
     total = memory_budget(skeleton, base).total

@@ -129,7 +129,8 @@ class EngineSettings:
         prefix_disk_bytes: Size of its files at most.
         speculate: Where drafts of several tokens come from that a step verifies at once: "ngram"
             (what followed the last tokens where they occurred before in the request), "draft"
-            (what the draft model that was loaded says) or "off".
+            (what the draft model that was loaded says), "mtp" (what the model's layer for
+            multi-token prediction says) or "off".
     """
 
     max_concurrency: int = 16

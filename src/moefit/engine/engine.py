@@ -131,7 +131,7 @@ class Engine:
             self.settings,
             self.between_steps,
         )
-        drafter = drafter or drafter_of(self.settings.speculate, served, context)
+        drafter = drafter or drafter_of(self.settings.speculate, served, context, self._runner)
         self.speculation = Speculation(served, drafter, packed=self._runner.packs)
         self._cancelled: dict[str, tuple[str, str]] = {}  # messages and codes
         self._commands = CommandQueue()
@@ -429,6 +429,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 rows = self._runner.step(inputs).split([one.num_logits for one in inputs])
+                self.speculation.computed(inputs)
                 self._process_logits(scheduled, states, rows, drafts)
             if all(map(_decodes, states, scheduled)):  # in prefill, steps are of other lengths
                 tokens = sum(len(one.tokens) for one in inputs)

@@ -213,6 +213,8 @@ class LoadSettings:
             `off`, `on`, or `auto` for as long as steps are measured to be faster with it.
         draft: Folder of a smaller model with the same tokenizer, which drafts tokens; held whole,
             within the budget.
+        mtp: Load the layer for multi-token prediction, which drafts tokens, if the checkpoint has
+            one of the form of DeepSeek-V3 and GLM-4.5.
         probe_depth: How many layers ahead trained probes are held for, if the model has any;
             prefetching uses those of the next layer, and up to 4 can be measured.
     """
@@ -241,6 +243,7 @@ class LoadSettings:
     adapter: str | Path | None = None
     prefetch: Prefetch = "off"
     draft: str | Path | None = None
+    mtp: bool = False
     probe_depth: int = 1
 
     def check(self) -> None:

@@ -83,7 +83,7 @@ def load_model(
     """
     device = parse_device(settings.device)
     settings.check()
-    skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter)
+    skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter, mtp=settings.mtp)
     packed = open_packed(skeleton, _formats_to_encode(settings))
     if settings.draft is not None:
         check_vocabulary(skeleton, draft_skeleton(settings))

@@ -221,5 +221,5 @@ def test_settings_without_a_draft_model(target) -> None:
     ):
         Engine(served, EngineSettings(speculate="draft"))
     for wrong in ("draft", "draft:", "Draft:x", "eagle"):
-        with pytest.raises(ConfigError, match="is not one of off, ngram, draft:MODEL"):
+        with pytest.raises(ConfigError, match="is not one of off, ngram, mtp, draft:MODEL"):
             Speculate.parse(wrong)

@@ -407,5 +407,5 @@ def test_when_nothing_is_drafted(olmoe, tmp_path) -> None:
 
 
 def test_unknown_settings_raise() -> None:
-    with pytest.raises(ConfigError, match="speculate='eagle' is not one of off, ngram, draft"):
+    with pytest.raises(ConfigError, match="speculate='eagle' is not one of off, ngram, draft, mtp"):
         EngineSettings(speculate="eagle").check()  # pyright: ignore[reportArgumentType]

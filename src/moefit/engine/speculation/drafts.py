@@ -18,7 +18,7 @@ LONGEST_MATCH = 16  # tokens that are compared
 _PLACES = 16  # earlier occurrences that are compared, the last ones
 
 
-SpeculateSetting = Literal["off", "ngram", "draft"]
+SpeculateSetting = Literal["off", "ngram", "draft", "mtp"]
 """Where drafts come from; see `EngineSettings`."""
 
 MAX_STEP_DRAFTS = 24  # drafted tokens of one step
@@ -69,12 +69,14 @@ class Speculate:
             return cls()
         if text == "ngram":
             return cls(setting="ngram")
+        if text == "mtp":
+            return cls(setting="mtp")
         kind, _, model = text.partition(":")
         if kind == "draft" and model:
             return cls(setting="draft", draft=model)
         raise ConfigError(
-            f"--speculate {text} is not one of off, ngram, draft:MODEL (a folder, or a name on the "
-            "Hub)"
+            f"--speculate {text} is not one of off, ngram, mtp, draft:MODEL (a folder, or a name "
+            "on the Hub)"
         )
 
 

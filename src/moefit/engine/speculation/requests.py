@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from moefit.engine.invariance import Invariance
+from moefit.engine.runners import Runner, RunnerInput
 from moefit.engine.speculation.cost import (
     COMPUTED_PRIOR,
     Acceptance,
@@ -33,8 +34,10 @@ from moefit.engine.speculation.drafts import (
     SpeculateSetting,
     SpeculationStats,
 )
+from moefit.engine.speculation.mtp import MtpDrafter
 from moefit.errors import ConfigError
 from moefit.serve.config import Policy
+from moefit.serve.hf.mtp import has_mtp
 from moefit.serve.memory.activations import experts_per_token
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.model import ServedModel
@@ -48,13 +51,16 @@ _READ_FIRST, _READ_MEASURED = 16, 32
 _LOG = logging.getLogger(__name__)
 
 
-def drafter_of(setting: SpeculateSetting, served: ServedModel, places: int) -> Drafter | None:
+def drafter_of(
+    setting: SpeculateSetting, served: ServedModel, places: int, runner: Runner
+) -> Drafter | None:
     """Return where drafts come from by this setting; None from nowhere.
 
     Args:
         setting: Of the engine.
         served: The model.
         places: Tokens that the KV cache holds.
+        runner: That computes the engine's steps.
 
     Raises:
         ConfigError: The model was loaded without what the setting needs.
@@ -64,6 +70,13 @@ def drafter_of(setting: SpeculateSetting, served: ServedModel, places: int) -> D
         return LookupDrafter()
     if setting == "off":
         return None
+    if setting == "mtp":
+        if not has_mtp(served.model):
+            raise ConfigError(
+                "speculate='mtp' needs the layer for multi-token prediction, and the model was "
+                "loaded without; give mtp=True to moefit.load, or use speculate='ngram'"
+            )
+        return MtpDrafter(runner, places)
     if served.draft is None:
         raise ConfigError(
             "speculate='draft' needs a draft model, and the model was loaded without; give one to "
@@ -288,6 +301,11 @@ class Speculation:
             self._totals.drafted += verified
             for place in range(right):
                 self._totals.accepted_at[place] += 1
+
+    def computed(self, inputs: Sequence[RunnerInput]) -> None:
+        """Let a drafter that is a part of the model keep what it needs of a step."""
+        if isinstance(self._drafter, MtpDrafter):
+            self._drafter.computed(inputs)
 
     def stepped(self, tokens: int, seconds: float) -> None:
         """Record how long a step of this many tokens took."""

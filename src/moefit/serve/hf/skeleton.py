@@ -46,6 +46,7 @@ from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, i
 from moefit.folders import is_gguf
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
+from moefit.serve.hf.mtp import make_last_layer_mtp, one_layer_more
 
 _MAX_COUNT = 2048  # layers or experts; models with more take long to build
 _MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
@@ -145,6 +146,7 @@ def build_skeleton(
     adapter: str | Path | None = None,
     *,
     needs_experts: bool = True,
+    mtp: bool = False,
 ) -> Skeleton:
     """Read a model's configuration and headers; no weights are read or allocated.
 
@@ -153,6 +155,7 @@ def build_skeleton(
         dtype: The dtype to compute in; None for the checkpoint's own.
         adapter: Folder of a LoRA adapter to apply to dense weights.
         needs_experts: Refuse a model without experts.
+        mtp: Load the layer for multi-token prediction too (`mtp`).
 
     Raises:
         CheckpointError: The checkpoint or the adapter is incomplete or damaged.
@@ -167,6 +170,8 @@ def build_skeleton(
     values = read_config(folder) if header is None else settings_of(header)
     checkpoint = Checkpoint(folder, None if header is None else header.spans)
     refuse_absurd_counts(values, checkpoint)
+    if mtp:
+        values = one_layer_more(values, checkpoint.spans, folder)
     config = config_from(values, folder)
     compute_dtype = dtype or _own_dtype(config, checkpoint)
     if header is None:
@@ -175,6 +180,8 @@ def build_skeleton(
         checkpoint.weights = weights_of(header, values, compute_dtype)
     with _config_errors(folder):
         model = _on_meta(config, compute_dtype)
+        if mtp:
+            make_last_layer_mtp(model)
         cache_name(model)  # raises for a model that takes no KV cache
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model, needed=needs_experts)

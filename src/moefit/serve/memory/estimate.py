@@ -42,6 +42,7 @@ from moefit.serve.config import (
 )
 from moefit.serve.hf.attention import attention_by_kernels
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
+from moefit.serve.hf.mtp import MTP_TOKENS
 from moefit.serve.hf.quant_linear import decoded_bytes, largest_encoded, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
@@ -267,7 +268,7 @@ def memory_budget(
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     first_use = _first_use(skeleton, settings, device)
     probes = find_probes(skeleton, settings).nbytes if probe_bytes is None else probe_bytes
-    draft = draft_bytes(settings, first_use)
+    draft = draft_bytes(settings, first_use) + _mtp_bytes(skeleton, settings, context)
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=settled_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
@@ -357,6 +358,17 @@ def step_tokens(config: Any, settings: LoadSettings, context: int) -> int:
     if settings.step_tokens is None or config.is_encoder_decoder:
         return context
     return min(max(settings.step_tokens, MIN_STEP_TOKENS), context)
+
+
+def _mtp_bytes(skeleton: Skeleton, settings: LoadSettings, context: int) -> int:
+    """Return what drafting with the layer for multi-token prediction takes besides its weights."""
+    if not settings.mtp:
+        return 0
+    config: Any = skeleton.model.config
+    size = skeleton.dtype.itemsize
+    keys = kv_bytes_per_token(config, skeleton.dtype) // config.num_hidden_layers
+    rows = settings.sequences * MTP_TOKENS + settings.draft_rows
+    return context * keys + rows * 4 * config.hidden_size * size
 
 
 def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
@@ -572,4 +584,5 @@ class PlacementBudget:
         return replace(budget, **measured, slack=0, unused=0, reading=0, encoding=0)
 
     def _skeleton(self) -> Skeleton:
-        return build_skeleton(self.folder, self.settings.dtype, self.settings.adapter)
+        settings = self.settings
+        return build_skeleton(self.folder, settings.dtype, settings.adapter, mtp=settings.mtp)
