@@ -7,11 +7,45 @@ import yaml
 
 from moefit.errors import ConfigError, in_brief
 
+_MERGE = "tag:yaml.org,2002:merge"
 MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH = 1 << 18, 10_000, 32  # of a configuration
 
 
+class RepeatedFieldError(ConfigError):
+    """A field occurs twice in a mapping.
+
+    Args:
+        field: The field.
+        lines: Where, from 1 on.
+
+    Attributes:
+        lines: Where.
+    """
+
+    def __init__(self, field: str, lines: tuple[int, int]):
+        where = f"on lines {lines[0]} and {lines[1]}" if lines[0] != lines[1] else "on one line"
+        super().__init__(f"the field {field[:80]!r} occurs twice, {where}; remove one of them")
+        self.lines = lines
+
+
 class _Yaml(yaml.SafeLoader):
-    """YAML in which 3e-4 and 1.5e3 are numbers; in YAML 1.1 they would be text."""
+    """YAML in which 3e-4 and 1.5e3 are numbers, and no field occurs twice.
+
+    In YAML 1.1 such numbers would be text, and of equal fields the last one would count.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Return a mapping. Raises RepeatedFieldError for a field that occurs twice."""
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name = (key.tag, key.value)
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise RepeatedFieldError(key.value, (lines[name], line))
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver(

@@ -123,6 +123,8 @@ BAD_YAML = {
     "a: &a [*a]": "refers to a value that contains it",
     "a: &a {b: *a}": "refers to a value that contains it",
     "x" * 300_000: "at most 262,144",
+    "a: 1\nb: 2\na: 3": "the field 'a' occurs twice, on lines 1 and 3",
+    "a: [{b: 1, b: 2}]": "the field 'b' occurs twice, on one line",
     "a: !!bool x": "it is not YAML: KeyError",
     "a: !!int x": "it is not YAML",
     "a: !!timestamp x": "it is not YAML",

@@ -69,6 +69,20 @@ def test_unread_pipe_blocks_nobody() -> None:
     assert 100 + lines + lost == 5000, "every line is written or counted"
 
 
+def test_non_blocking_pipe_loses_no_line() -> None:
+    """Such as a standard error that another process of a shell has made so."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    handler = JsonHandler(write)
+    for number in range(2000):  # more than a pipe holds
+        handler.emit(record("line %d %s", number, "x" * 100))
+    with open(read, encoding="utf-8") as file:
+        for number in range(2000):
+            assert json.loads(file.readline())["message"].startswith(f"line {number} ")
+        handler.flush()
+        os.close(write)
+
+
 @pytest.mark.slow
 def test_all_lines_of_a_server_are_json() -> None:
     command = [sys.executable, "-m", "moefit", "serve", "--port", "0", "--log-json"]

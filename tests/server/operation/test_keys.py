@@ -71,6 +71,8 @@ BROKEN = [
     (ALICE.replace(SECRET, f"%{SECRET}"), "line 2"),
     (ALICE + BOB.replace("600", "0"), "keys.1.tokens_per_minute"),
     (f"{SECRET}: {SECRET}", "keys: Field required"),
+    (ALICE.replace("operator: true", f"name: {SECRET}"), "a field occurs twice, in line 2 and 2"),
+    (f"{ALICE}{SECRET}: 1\n{SECRET}: 2", "a field occurs twice, in line"),
     (f"{ALICE}{SECRET}: 1", "the file has a field"),
     (SECRET, "the file"),
 ]

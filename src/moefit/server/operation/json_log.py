@@ -7,6 +7,7 @@ stops neither the event loop nor the engine. Lines that do not fit are counted a
 import json
 import logging
 import os
+import select
 import sys
 import threading
 from datetime import UTC, datetime
@@ -92,16 +93,30 @@ class JsonHandler(logging.Handler):
         record = logging.LogRecord(__name__, logging.WARNING, "", 0, message, None, None)
         return self.format(record)
 
+    def _write(self, content: bytes) -> int:
+        """Write some bytes and return how many, also where another process made it non-blocking."""
+        while True:
+            try:
+                return os.write(self._descriptor, content)
+            except BlockingIOError:
+                _wait_until_writable(self._descriptor)
+
     def _write_all(self) -> None:
         while True:
             left = f"{self._lines.get()}\n".encode()
             try:
                 while left:
-                    left = left[os.write(self._descriptor, left) :]
+                    left = left[self._write(left) :]
             except OSError:  # the reader is gone: nobody can be told
                 pass
             finally:
                 self._lines.task_done()
+
+
+def _wait_until_writable(descriptor: int) -> None:
+    waits = select.poll()
+    waits.register(descriptor, select.POLLOUT)
+    waits.poll()
 
 
 def log_json() -> None:

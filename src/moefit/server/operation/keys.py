@@ -19,7 +19,7 @@ from yaml import MarkedYAMLError
 
 from moefit.errors import ConfigError
 from moefit.server.operation.request_id import Client
-from moefit.yaml_text import load_yaml
+from moefit.yaml_text import RepeatedFieldError, load_yaml
 
 COMMAND_LINE = "api-key"
 """Name of the key from `--api-key`."""
@@ -114,6 +114,8 @@ def parse_keys(text: str) -> tuple[Key, ...]:
 
 def _yaml_problem(error: ConfigError) -> str:
     cause = error.__cause__
+    if isinstance(error, RepeatedFieldError):
+        return f"a field occurs twice, in line {error.lines[0]} and {error.lines[1]}; it is {_FORM}"
     if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
         return f"line {cause.problem_mark.line + 1} is not YAML; it is {_FORM}"
     return f"it is not YAML, or too large; it is {_FORM}"
