@@ -333,3 +333,29 @@ def test_request_without_candidates_fails_alone() -> None:
     ]
     chosen = sample(rows(3), [*samplers, Sampler(SamplingParams(max_tokens=1))])
     assert [type(one) for one in chosen] == [FloatingPointError, FloatingPointError, tuple]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.8},
+        {"temperature": 1.2, "top_p": 0.7, "presence_penalty": 1.0},
+        {"temperature": 0.5, "top_k": 5, "min_p": 0.1, "logprobs": 2},
+        {"temperature": 0.0, "repetition_penalty": 1.5},
+    ],
+)
+def test_foreseen_choices_are_those_that_follow(sampling) -> None:
+    """And foreseeing changes nothing, however often and however far it is done."""
+    rows_NV = 3 * torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    params = SamplingParams(max_tokens=12, seed=7, **sampling)
+    sampler, alone = (Sampler(params, context=[1, 2]) for _ in range(2))
+    wanted = [alone.choose(row_V)[0] for row_V in rows_NV]
+    for place in range(12):
+        foreseen = sampler.foreseen()
+        assert foreseen is not None
+        assert [foreseen(row_V) for row_V in rows_NV[place:]] == wanted[place:]
+        assert sampler.choose(rows_NV[place])[0] == wanted[place]
+
+
+def test_nothing_is_foreseen_where_the_likeliest_token_is_chosen() -> None:
+    assert Sampler(SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)).foreseen() is None

@@ -411,7 +411,9 @@ class Engine:
         self._isolated(state, lambda: self._prefixes.open(state, self.invariance))
         if not state.finished:
             about = DraftedRequest(
-                tokens=len(state.prompt) + state.sampling.max_tokens, prefix=state.prefix
+                tokens=len(state.prompt) + state.sampling.max_tokens,
+                prefix=state.prefix,
+                foreseen=lambda: state.sampler.foreseen(),
             )
             self.speculation.open(state.name, about, sampled=not state.sampler.greedy)
         if _LOG.isEnabledFor(logging.INFO):

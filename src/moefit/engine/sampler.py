@@ -12,6 +12,8 @@ Shapes: N rows, V vocabulary, K most probable tokens.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from math import isfinite, isnan, log
 
 import torch
@@ -149,6 +151,21 @@ class Sampler:
         if self.sampling.logprobs is None:
             return token, None
         return token, logprobs_of(logits_V[None], [token], self.sampling.logprobs)[0]
+
+    def foreseen(self) -> Callable[[Tensor], int] | None:
+        """Return what chooses from logits [V] as this sampler will, with the same random numbers.
+
+        Its choices change nothing here, and it knows nothing of the grammar. None where the
+        likeliest token is chosen.
+        """
+        if self.greedy and not self._adjusts:
+            return None
+        twin = copy(self)
+        twin.sampling = replace(self.sampling, grammar=None, logprobs=None)
+        twin._counts, twin._seen = self._counts.copy(), set(self._seen)
+        twin._recent, twin._grammar = self._recent.copy(), None
+        twin._generator = self._generator.clone_state()
+        return lambda logits_V: twin.choose(logits_V.float())[0]
 
     def _record(self, token: int) -> None:
         """Update the state that later choices depend on."""

@@ -1,19 +1,28 @@
 """Drafts of a smaller model with the same tokens.
 
-`ModelDrafter` continues each request greedily with a model of its own, whose keys and values lie in
+`ModelDrafter` continues each request with a model of its own, as the request's sampler would, with
+the random numbers that it will draw next. The model's keys and values lie in
 a pool of the same number of tokens as the engine's. What was drafted and turned out to be wrong is
 overwritten. A request that is far behind, such as one that begins, is read in several calls, and
 drafts nothing until it has caught up.
+
+Shapes: N requests, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moefit.engine.runner_probe import choose_runner
 from moefit.engine.runners import Runner, RunnerInput
-from moefit.engine.speculation.drafts import COMPUTED_EVIDENCE, Draft, DraftedRequest
+from moefit.engine.speculation.drafts import (
+    COMPUTED_EVIDENCE,
+    Chooser,
+    Draft,
+    DraftedRequest,
+)
 from moefit.errors import UnsupportedModelError
 from moefit.serve.memory.draft import DRAFT_STEP
 from moefit.serve.model import ServedModel
@@ -24,10 +33,12 @@ class _Text:
     """What a draft model has computed of a request.
 
     Attributes:
+        foreseen: See `DraftedRequest`.
         tokens: Those with keys and values, of which the last ones may be wrong guesses.
         sure: How many of them are known to be the request's.
     """
 
+    foreseen: Callable[[], Chooser | None]
     tokens: list[int] = field(default_factory=list[int])
     sure: int = 0
 
@@ -73,6 +84,7 @@ class ModelDrafter:
         longest = getattr(config, "max_position_embeddings", None)
         self._longest = longest if isinstance(longest, int) and longest > 0 else places
         self._texts: dict[str, _Text] = {}
+        self._choosers: dict[str, Chooser] = {}  # of the present call of `draft`
 
     def open(self, request: str, about: DraftedRequest) -> None:
         """Reserve KV cache for a request, unless it is longer than the draft model's texts."""
@@ -80,7 +92,7 @@ class ModelDrafter:
             return
         cached = self._runner.open(request, about.tokens, about.prefix)
         known = [] if about.prefix is None else list(about.prefix.tokens[:cached])
-        self._texts[request] = _Text(known, cached)
+        self._texts[request] = _Text(about.foreseen, known, cached)
 
     def close(self, request: str) -> None:
         """Free a request's KV cache; unknown ones are ignored."""
@@ -94,7 +106,12 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
-        """Return greedy continuations of the requests that it has read up to their last token."""
+        """Return continuations of the requests that it has read up to their last token."""
+        self._choosers = {
+            name: chooser
+            for name in wanted
+            if name in self._texts and (chooser := self._texts[name].foreseen()) is not None
+        }
         drafts = self._read({name: tokens for name, (tokens, most) in wanted.items() if most})
         longest = max((wanted[name][1] for name in drafts), default=0)
         for place in range(1, longest):
@@ -112,7 +129,7 @@ class ModelDrafter:
             self._runner.prefixes.check()
 
     def _read(self, texts: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """Compute what is new in requests; return the likeliest next token of those then read."""
+        """Compute what is new in requests; return the next token of those then read."""
         inputs: list[RunnerInput] = []
         left = DRAFT_STEP
         for name, tokens in texts.items():
@@ -135,7 +152,7 @@ class ModelDrafter:
         return {name: [token] for name, token in found.items()}
 
     def _append(self, drafts: dict[str, list[int]], names: Sequence[str]) -> None:
-        """Append the likeliest next token to these requests' drafts."""
+        """Append the next token to these requests' drafts."""
         inputs = [
             RunnerInput(
                 request=name,
@@ -149,9 +166,26 @@ class ModelDrafter:
             drafts[name].append(token)
 
     def _step(self, inputs: Sequence[RunnerInput]) -> dict[str, int]:
-        """Compute tokens; return the likeliest next one of requests whose logits are wanted."""
+        """Compute tokens; return the next one of requests whose logits are wanted."""
         logits_NV = self._runner.step(inputs)
         for one in inputs:
             self._texts[one.request].tokens.extend(one.tokens)
         names = [one.request for one in inputs if one.num_logits]
-        return dict(zip(names, logits_NV.argmax(-1).tolist(), strict=True)) if names else {}
+        return next_tokens(names, logits_NV, self._choosers) if names else {}
+
+
+def next_tokens(
+    requests: Sequence[str], logits_NV: Tensor, choosers: Mapping[str, Chooser]
+) -> dict[str, int]:
+    """Return a token for each request: what its chooser says, else the likeliest.
+
+    Args:
+        requests: Their ids.
+        logits_NV: A row for each.
+        choosers: By request, where there are any.
+    """
+    likeliest = logits_NV.argmax(-1).tolist()
+    return {
+        name: choosers[name](logits_V) if name in choosers else token
+        for name, token, logits_V in zip(requests, likeliest, logits_NV, strict=True)
+    }

@@ -6,9 +6,9 @@ request's tokens that occurred before, in the prompt or in the completion, and d
 it there (prompt lookup decoding; vLLM's method "ngram"). No tensors or threads.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from moefit.engine.prefix.tree import Prefix
 from moefit.errors import ConfigError
@@ -80,6 +80,10 @@ class Speculate:
         )
 
 
+Chooser = Callable[[Any], int]
+"""Chooses a token from logits [V]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftedRequest:
     """What a drafter may know of a request when it begins.
@@ -87,10 +91,12 @@ class DraftedRequest:
     Attributes:
         tokens: Of prompt and completion at most.
         prefix: The prompt, if keys and values may be kept for later requests.
+        foreseen: See `Sampler.foreseen`, of the request's sampler as it is when this is called.
     """
 
     tokens: int
     prefix: Prefix | None = None
+    foreseen: Callable[[], Chooser | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from moefit.engine.kv_pool import KvPool
 from moefit.engine.runners import Runner, RunnerInput, VarlenRunner
-from moefit.engine.speculation.drafts import COMPUTED_EVIDENCE, Draft, DraftedRequest
+from moefit.engine.speculation.draft_model import next_tokens
+from moefit.engine.speculation.drafts import (
+    COMPUTED_EVIDENCE,
+    Chooser,
+    Draft,
+    DraftedRequest,
+)
 from moefit.engine.varlen import Segment, VarlenCache, varlen_attention_enabled
 from moefit.errors import UnsupportedModelError
 from moefit.serve.hf.attention import WindowMask
@@ -29,11 +35,13 @@ class _Text:
     """What is known of a request.
 
     Attributes:
+        foreseen: See `DraftedRequest`.
         states_TD: Hidden states that the layer has not been run over; None if there are none.
         first: Position of the first of them.
         kept: Keys in the pool that belong to the request's tokens.
     """
 
+    foreseen: Callable[[], Chooser | None]
     states_TD: Tensor | None = None
     first: int = 0
     kept: int = 0
@@ -95,12 +103,13 @@ class MtpDrafter:
         self._cache.gather = runner.cache.gather
         self._seen_TD: Tensor | None = None
         self._texts: dict[str, _Text] = {}
+        self._choosers: dict[str, Chooser] = {}  # of the present call of `draft`
         self._unfollow: Callable[[], None] | None = None
 
     def open(self, request: str, about: DraftedRequest) -> None:
         """Reserve KV cache for a request."""
         self._cache.pool.open(request, about.tokens)
-        self._texts[request] = _Text()
+        self._texts[request] = _Text(about.foreseen)
         self._unfollow = self._unfollow or self._layer.follow(self._see)
 
     def close(self, request: str) -> None:
@@ -130,7 +139,7 @@ class MtpDrafter:
 
     @torch.inference_mode()
     def draft(self, wanted: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Draft]:
-        """Return greedy continuations of requests whose last hidden state is known."""
+        """Return continuations of requests whose last hidden state is known."""
         rows = [
             self._new_rows(name, tokens)
             for name, (tokens, most) in wanted.items()
@@ -139,6 +148,11 @@ class MtpDrafter:
         if not rows:
             return {}
         drafts: dict[str, list[int]] = {one.request: [] for one in rows}
+        self._choosers = {
+            name: chooser
+            for name in drafts
+            if (chooser := self._texts[name].foreseen()) is not None
+        }
         ends = {one.request: one.first + len(one.ids) for one in rows}
         while rows:
             states, tokens = self._run(rows)
@@ -201,10 +215,9 @@ class MtpDrafter:
             )
         ends = torch.tensor([len(one.ids) for one in rows]).cumsum(0) - 1
         last_ND = output_1TD[0, ends.to(device)]
-        tokens = self._layer.logits(last_ND).argmax(-1).tolist()
         names = [one.request for one in rows]
         states = dict(zip(names, last_ND.split(1), strict=True))
-        return states, dict(zip(names, tokens, strict=True))
+        return states, next_tokens(names, self._layer.logits(last_ND), self._choosers)
 
     def _see(self, states: Tensor) -> None:
         """Hold the hidden states of a forward pass, until `computed` divides them."""
