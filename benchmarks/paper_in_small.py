@@ -78,7 +78,7 @@ def one_run(out: Path, max_tokens: int | None) -> dict:
     trained = [r for r in read_log(out) if r["kind"] == "train"][-1]
     bf16 = bool(torch.cpu._is_amx_tile_supported())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        scores = score(model, _text(data, config.seq_len, max_tokens), rules_for(model))
+        scores = score(model, held_out_of_run(data, config.seq_len, max_tokens), rules_for(model))
     return {
         "config": {
             "model": config.model.settings,
@@ -97,7 +97,7 @@ def one_run(out: Path, max_tokens: int | None) -> dict:
     }
 
 
-def _text(data: PreparedData, seq_len: int, max_tokens: int | None) -> Text:
+def held_out_of_run(data: PreparedData, seq_len: int, max_tokens: int | None) -> Text:
     ids_T = torch.from_numpy(data.held_out.open().astype("int64"))
     return Text(
         ids_T=ids_T,

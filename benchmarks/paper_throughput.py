@@ -1,28 +1,32 @@
 """DS-MoE's throughput tables: dense, sparse and DS-MoE shapes with random weights.
 
-    python benchmarks/paper_throughput.py [--size 1b] [--layers 3] [--save NAME]
-    python benchmarks/paper_throughput.py --size 6b --paper
-    python benchmarks/paper_throughput.py --size 1b --write-configs FOLDER
-    VLLM_PYTHON benchmarks/paper_throughput.py --size 1b --engine vllm --configs FOLDER --paper
+    python benchmarks/paper_throughput.py [--size 1b] [--layers 8] [--vllm PYTHON] [--save NAME]
+    python benchmarks/paper_throughput.py --size 6b --paper --vllm PYTHON --save NAME
+    python benchmarks/paper_throughput.py ... --out FOLDER --only dense
 
 The paper's Tables 5 (transformers) and 7 (vLLM), and Figure 1 of its article (one token in). By
 default a small measurement for a CPU: some layers of the shape, a batch of 4, prompts of 512.
 `--paper` has the paper's sizes, for a GPU. The speed of a model depends on its shape and not on its
 weights, but which experts a threshold chooses does; so DS-MoE has a fixed number here, as in the
-paper's table of speeds. vLLM runs in an environment without moefit, which needs configurations from
-`--write-configs`; it makes random weights itself.
+paper's table of speeds. vLLM runs in an environment with moefit-vllm and without moefit, whose
+Python `--vllm` names: shape by shape after transformers, with random weights that it makes itself.
+With `--out`, shapes that were measured before are not measured again, so that `--only` may measure
+one at a time.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import record
@@ -33,6 +37,7 @@ SHAPES = {
     "1b": {
         "dense": ("dense-1b", "dense"),
         "sparse": ("smoe-1b", "top_k:2"),
+        "sparse-1.5b": ("smoe-1.5b", "top_k:2"),  # the one of DS-MoE's quality in the paper
         "dsmoe": ("dsmoe-1b", "top_k:6"),
     },
     "3b": {
@@ -55,8 +60,8 @@ class Load:
 
 
 SMALL = (
-    Load(name="small", batch=4, prompt=512, new=16),
-    Load(name="one token in", batch=4, prompt=1, new=32),
+    Load(name="small", batch=4, prompt=512, new=32),
+    Load(name="one token in", batch=4, prompt=1, new=128),
 )
 PAPER = {
     "transformers": (
@@ -90,21 +95,15 @@ class Speed:
 
 
 def timed(load: Load, generate: Callable[[int], None]) -> Speed:
-    """Measure a load: with one new token, which is the prompt's time, and with all.
+    """Measure a load: with one new token, twice, whose shorter time is the prompt's, and with all.
 
     Args:
         load: The requests.
         generate: Generates the given number of new tokens for all of them.
     """
     generate(min(2, load.new))  # compiles and allocates, for prompts and for decoding
-    began = time.perf_counter()
-    generate(1)
-    first = time.perf_counter() - began
-    whole = first
-    if load.new > 1:
-        began = time.perf_counter()
-        generate(load.new)
-        whole = time.perf_counter() - began
+    first = min(_seconds(generate, 1) for _ in range(2))
+    whole = first if load.new == 1 else _seconds(generate, load.new)
     rest = load.batch * (load.new - 1)
     return Speed(
         load=load,
@@ -112,6 +111,12 @@ def timed(load: Load, generate: Callable[[int], None]) -> Speed:
         input_per_second=load.batch * load.prompt / first,
         output_per_second=rest / (whole - first) if rest else None,
     )
+
+
+def _seconds(generate: Callable[[int], None], new: int) -> float:
+    began = time.perf_counter()
+    generate(new)
+    return time.perf_counter() - began
 
 
 def configuration(preset_name: str, rule: str, layers: int | None) -> dict[str, Any]:
@@ -158,11 +163,17 @@ def with_transformers(
         speeds.append(asdict(timed(load, generate)))
     peak = torch.cuda.max_memory_reserved() if device == "cuda" else None
     weights = sum(one.numel() * one.element_size() for one in model.parameters())
-    return {"speeds": speeds, "weight_bytes": weights, "peak_gpu_bytes": peak}
+    return {"speeds": speeds, "weight_bytes": weights, "peak_gpu_bytes": peak, "peak_rss": _rss()}
+
+
+def _rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict[str, Any]:
     """Measure vLLM, which makes random weights for a configuration."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     vllm: Any = import_module("vllm")  # type checks do not depend on the optional package
 
     longest = max(load.prompt + load.new for load in loads)
@@ -191,7 +202,35 @@ def with_vllm(folder: Path, loads: tuple[Load, ...], dtype: torch.dtype) -> dict
             )
 
         speeds.append(asdict(timed(load, generate)))
-    return {"speeds": speeds}
+    return {"speeds": speeds, "version": vllm.__version__, "peak_rss": _rss()}
+
+
+def beside(python: Path, settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure a shape with vLLM, by the Python of another environment."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+        script = str(Path(__file__).resolve())
+        command = [str(python.absolute()), script, "--config", str(folder)]
+        command += ["--dtype", arguments.dtype, *(["--paper"] if arguments.paper else [])]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        subprocess.run(command, check=True, env=environment, cwd=folder)
+        return json.loads((folder / "speeds.json").read_text())
+
+
+def measured(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure a shape with transformers, and with vLLM if it is given."""
+    preset_name, rule = SHAPES[arguments.size][name]
+    settings = configuration(preset_name, rule, arguments.layers)
+    loads = PAPER if arguments.paper else {"transformers": SMALL}
+    found = {
+        "preset": preset_name,
+        "rule": rule,
+        "transformers": _alone(with_transformers, settings, loads["transformers"], dtype),
+    }
+    if arguments.vllm:
+        found["vllm"] = beside(arguments.vllm, settings, arguments)
+    return found
 
 
 def _alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -203,53 +242,61 @@ def _alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 
 def show(results: dict[str, Any]) -> None:
     """Print a table of speeds, each beside its ratio to the dense model's."""
-    for name in results:
-        for number, speed in enumerate(results[name]["speeds"]):
-            dense = results["dense"]["speeds"][number]
-            parts = [f"{name:7} {speed['load']['name']:16} {speed['seconds']:8.2f} s"]
+    for name, engine in ((n, e) for n in results for e in ("transformers", "vllm")):
+        for number, speed in enumerate(results[name].get(engine, {}).get("speeds", ())):
+            parts = [f"{name:12} {engine:12} {speed['load']['name']:16} {speed['seconds']:8.2f} s"]
             for key in ("input_per_second", "output_per_second"):
                 if speed[key] is not None:
-                    ratio = speed[key] / dense[key]
-                    parts.append(f"{key.split('_')[0]} {speed[key]:9.1f} tokens/s ({ratio:.2f}x)")
+                    parts.append(f"{key.split('_')[0]} {speed[key]:9.1f} tokens/s")
+                    if "dense" in results:
+                        ratio = speed[key] / results["dense"][engine]["speeds"][number][key]
+                        parts.append(f"({ratio:.2f}x)")
             print("  ".join(parts))
+
+
+def kept(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any] | None:
+    """Return what was measured of a shape, now or before; None if it is left out."""
+    file = None if arguments.out is None else arguments.out / f"{name}.json"
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
+    if arguments.only not in (None, name):
+        return None
+    found = measured(name, arguments, dtype)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=list(SHAPES), default="1b")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM")
     parser.add_argument("--paper", action="store_true", help="the paper's sizes, for a GPU")
     parser.add_argument("--layers", type=int, help="of the shape; all by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--write-configs", type=Path, help="write what --engine vllm reads, only")
-    parser.add_argument("--configs", type=Path)
+    parser.add_argument("--only", help="one kind of shape, such as dense")
+    parser.add_argument("--out", type=Path, help="folder of what was measured of each shape")
     parser.add_argument("--save", metavar="NAME")
+    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)  # as `beside` calls it
     arguments = parser.parse_args()
-    if (arguments.engine == "vllm") != (arguments.configs is not None):
-        parser.error("--engine vllm and --configs FOLDER belong together")
-    loads = PAPER[arguments.engine] if arguments.paper else SMALL
     dtype = getattr(torch, arguments.dtype)
-    results: dict[str, Any] = {}
-    for name, (preset_name, rule) in SHAPES[arguments.size].items():
-        if arguments.engine == "vllm":
-            results[name] = _alone(with_vllm, arguments.configs / name, loads, dtype)
-            continue
-        settings = configuration(preset_name, rule, arguments.layers)
-        if arguments.write_configs:
-            folder = arguments.write_configs / name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
-            continue
-        results[name] = with_transformers(settings, loads, dtype)
-        results[name] |= {"preset": preset_name, "rule": rule}
-    if arguments.write_configs:
+    if arguments.config:
+        loads = PAPER["vllm"] if arguments.paper else SMALL
+        speeds = with_vllm(arguments.config, loads, dtype)
+        (arguments.config / "speeds.json").write_text(json.dumps(speeds))
         return
+    shapes = SHAPES[arguments.size]
+    if arguments.only and arguments.only not in shapes:
+        parser.error(f"--only is one of {', '.join(shapes)}")
+    found = {name: kept(name, arguments, dtype) for name in shapes}
+    results = {name: one for name, one in found.items() if one is not None}
     show(results)
     if arguments.save:
         notes = (
             f"random weights, {arguments.dtype}; {arguments.layers or 'all'} layers of the shape; "
-            f"one measurement after a warm-up; peak RSS of all shapes "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024:,} bytes"
+            "one measurement after a warm-up, of prompts the better of two; vLLM after "
+            "transformers, shape by shape, each in a process of its own"
         )
         print(record.write("paper-throughput", results, notes=notes, suffix=arguments.save))
 

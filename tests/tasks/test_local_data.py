@@ -1,6 +1,7 @@
 """Questions in a folder, and that a model reads the same text as with lm-eval's own tasks."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_missing_questions_say_where_to_put_them(tmp_path):
     (tmp_path / "piqa.jsonl").write_text("{}")
     with pytest.raises(DataError, match=r"'sciq' \(it has: piqa\); put them into .*sciq\.jsonl"):
         find_tasks(["sciq"], tmp_path)
+    with pytest.raises(DataError, match=re.escape(r'{"query": "SUPPORT\nQuestion: QUESTION", ')):
+        find_tasks(["sciq"], tmp_path)
+    with pytest.raises(DataError, match=r'one a line as \{"context_options"'):
+        find_tasks(["winogrande"], tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    file = tmp_path / "piqa.jsonl"
+    file.write_text("{}")
+    with pytest.raises(DataError, match=r"is not a folder; give the folder that has piqa\.jsonl"):
+        find_tasks(["piqa"], file)
 
 
 @pytest.mark.parametrize(

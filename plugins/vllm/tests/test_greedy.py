@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+import moefit_vllm
 import pytest
 import torch
 from moefit_vllm.routing import Rule
+from transformers import OlmoeForCausalLM
 from vllm import LLM, SamplingParams
 
 CODE = Path(__file__).parents[3] / "src/moefit/dsmoe/standalone/modeling_dsmoe.py"
@@ -37,6 +40,7 @@ MODELS = {
     "paper-dense": {**MOA, "inference_rule": "dense"},
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 3, 14]]
+MOEFIT = os.environ.get("MOEFIT_PYTHON")
 
 
 def reference():
@@ -60,12 +64,13 @@ def saved(name, folder):
             else:
                 parameter.normal_(1.0, 0.2)
     model.save_pretrained(folder)
-    return [
-        model.generate(
-            torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=-1
-        )[0, len(ids) :].tolist()
-        for ids in PROMPTS
-    ]
+    return greedily(model)
+
+
+def greedily(model):
+    """Return the tokens that a transformers model generates."""
+    how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    return [model.generate(torch.tensor([ids]), **how)[0, len(ids) :].tolist() for ids in PROMPTS]
 
 
 def generated(folder, **parallel):
@@ -105,6 +110,26 @@ def test_two_processes_generate_the_same(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.skipif(MOEFIT is None, reason="MOEFIT_PYTHON, a Python with moefit, is not set")
+def test_an_exported_olmoe_generates_the_same(tmp_path):
+    """The model that moefit ships, which vLLM's own class serves."""
+    folder = str(tmp_path / "olmoe")
+    command = [MOEFIT, "-m", "moefit", "export", "reference", folder, "--experts-per-token", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = OlmoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert greedily(model) == generated(folder)
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.31.2", True), ("0.32.0", False)])
+def test_an_untested_version_is_named(monkeypatch, caplog, version, said):
+    """A warning, since most of them work."""
+    monkeypatch.setattr(moefit_vllm, "_vllm_version", lambda: version)
+    with caplog.at_level(logging.WARNING, logger="moefit_vllm"):
+        moefit_vllm.register()
+    assert (f"tested with vLLM 0.32, and this is {version}" in caplog.text) == said
 
 
 def test_rules_of_a_batch_are_refused():

@@ -24,6 +24,18 @@ _CHOICES = ("query", "choices", "gold")
 _CONTEXTS = ("context_options", "continuation", "gold")
 
 
+def form_of(name: str) -> str:
+    """Return the form of a line of a task's file, for messages.
+
+    >>> form_of("winogrande")
+    '{"context_options": [TEXT, ...], "continuation": TEXT, "gold": INDEX}'
+    """
+    if name == "winogrande":
+        return '{"context_options": [TEXT, ...], "continuation": TEXT, "gold": INDEX}'
+    query = r'"SUPPORT\nQuestion: QUESTION"' if name == "sciq" else "TEXT"
+    return f'{{"query": {query}, "choices": [TEXT, ...], "gold": INDEX}}'
+
+
 def local_task(folder: Path, name: str, few_shot: int | None = None) -> dict[str, Any]:
     """Return the configuration of a task for lm-evaluation-harness.
 
@@ -42,13 +54,17 @@ def local_task(folder: Path, name: str, few_shot: int | None = None) -> dict[str
             "files in it, without .jsonl"
         )
     path = folder / f"{name}.jsonl"
+    if not folder.is_dir():
+        raise DataError(
+            f"--task-data {folder} is not a folder; give the folder that has {path.name}"
+        )
     if not path.is_file():
         stems = {file.stem for file in folder.glob("*.jsonl") if not file.stem.endswith(".train")}
         found = ", ".join(sorted(stems)) or "none"
         raise DataError(
             f"{folder} has no questions of {name!r} (it has: {found}); put them into {path}, one "
-            'a line as {"query": TEXT, "choices": [TEXT, ...], "gold": INDEX}, or leave '
-            "--task-data out to download tasks from the Hugging Face Hub"
+            f"a line as {form_of(name)}, or leave --task-data out to download tasks from the "
+            "Hugging Face Hub"
         )
     rows = _read(path)
     splits = {"test": rows}

@@ -18,7 +18,7 @@ from moefit.moe.routing import Rule
 from moefit.tasks.answers import AnswerFile, digest, fingerprint
 from moefit.tasks.harness import DatasetsError, TaskManager, plain, simple_evaluate
 from moefit.tasks.lm import MoefitLM
-from moefit.tasks.local_data import local_task
+from moefit.tasks.local_data import form_of, local_task
 from moefit.tasks.rows import KEY, SUFFIX
 from moefit.tasks.scored_model import ScoredModel
 
@@ -83,7 +83,7 @@ def find_tasks(
         raise DataError(
             f"the questions of {', '.join(names)} cannot be downloaded: {in_brief(error, 160)}; "
             "without the Hugging Face Hub, put them into a folder as TASK.jsonl, one a line as "
-            '{"query": TEXT, "choices": [TEXT, ...], "gold": INDEX}, and give --task-data FOLDER'
+            f"{form_of(names[0])}, and give --task-data FOLDER"
         ) from error
     return Tasks(specs=list(names), manager=manager, limit=limit, few_shot=few_shot)
 

@@ -1,7 +1,7 @@
 """MLP experts of a DS-MoE in vLLM.
 
-Gated experts of three matrices are computed by vLLM's fused path. GELU experts of two matrices are
-computed expert by expert.
+Gated experts of three matrices are computed by vLLM's fused path. It takes GELU experts of two
+matrices on GPUs alone; elsewhere they are computed expert by expert.
 
 Shapes: T tokens, D model width, E experts, F expert width, K experts of a token.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.platforms import current_platform
 
 from moefit_vllm.routing import Rule
 
@@ -46,7 +47,7 @@ class DsMoeBlock(nn.Module):
         self.rule = Rule.parse(config.inference_rule)
         self.scale = config.routed_scaling_factor
         self.gate = DsMoeRouter(config, config.num_experts) if config.num_experts > 1 else None
-        fused = config.mlp_type == "swiglu" and config.num_experts > 1
+        fused = config.num_experts > 1 and (config.mlp_type == "swiglu" or fused_takes_gelu())
         logger.info_once(
             "DS-MoE experts: %s", "vLLM's fused path" if fused else "one expert at a time"
         )
@@ -77,11 +78,17 @@ class DsMoeBlock(nn.Module):
         return weights_TK.float(), ids_TK.to(torch.int32)
 
 
+def fused_takes_gelu() -> bool:
+    """Return whether vLLM's fused path computes experts without a gate, by its Triton kernels."""
+    return current_platform.is_cuda_alike()
+
+
 class FusedExperts(nn.Module):
-    """SwiGLU experts by vLLM's fused path; gate and up [E, 2F, D], down [E, D, F]."""
+    """Experts by vLLM's fused path: gate and up [E, 2F, D], or up [E, F, D]; down [E, D, F]."""
 
     def __init__(self, config, slots: int, route, prefix: str):
         super().__init__()
+        gated = config.mlp_type == "swiglu"
         self.fused = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=slots,
@@ -89,6 +96,8 @@ class FusedExperts(nn.Module):
             intermediate_size=config.intermediate_size,
             renormalize=False,
             custom_routing_function=route,
+            activation="silu" if gated else "gelu_tanh_no_mul",
+            ckpt_names=("gate_proj", "down_proj", "up_proj" if gated else None),
             prefix=f"{prefix}.experts",
         )
 
@@ -98,7 +107,8 @@ class FusedExperts(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load stacked matrices; return the names of the parameters that are now loaded."""
-        targets = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+        first = "w13_weight"
+        targets = {"gate_up_proj": first, "up_proj": first, "down_proj": "w2_weight"}
         own = dict(self.named_parameters())
         loaded = set()
         for name, tensor in weights:
@@ -109,12 +119,14 @@ class FusedExperts(nn.Module):
 
 
 def _part(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's rows F of gate and up [E, 2F, D], or columns of down [E, D, F]."""
+    """Return this process's part of F: rows of (gate and) up [E, F, D], or columns of down."""
     parts, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
     if parts == 1:
         return tensor
     if name == "down_proj":
         return tensor.chunk(parts, dim=2)[rank]
+    if name == "up_proj":
+        return tensor.chunk(parts, dim=1)[rank]
     return torch.cat([half.chunk(parts, dim=1)[rank] for half in tensor.chunk(2, dim=1)], dim=1)
 
 
@@ -138,6 +150,8 @@ class LoopedExperts(nn.Module):
         self, x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor
     ) -> torch.Tensor:
         """Return the weighted sum of the experts' outputs [T, D]."""
+        if len(self.down_proj) == 1:  # without shapes that depend on data, for CUDA graphs
+            return F.linear(self._hidden(x_TD, 0), self.down_proj[0]) * weights_TK.to(x_TD.dtype)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert in range(len(self.down_proj)):
             weight_T = (weights_TK * (ids_TK == expert)).sum(-1)
