@@ -120,7 +120,7 @@ def until_ready(server: Any) -> None:
 
 
 def scored(model: Any, names: list[str], found: Any, **settings: Any) -> dict[str, Any]:
-    """Return accuracies and the log-likelihoods of all choices, by task."""
+    """Return accuracies and the log-likelihoods of each question's choices, by task."""
     told = evaluator.simple_evaluate(
         model=model, tasks=names, task_manager=found, bootstrap_iters=0, **settings
     )
@@ -128,10 +128,12 @@ def scored(model: Any, names: list[str], found: Any, **settings: Any) -> dict[st
         name: {
             "acc": told["results"][name]["acc,none"],
             "acc_norm": told["results"][name]["acc_norm,none"],
-            "loglikelihoods": [
-                float(choice[0][0] if isinstance(choice[0], tuple | list) else choice[0])
+            "questions": [
+                [
+                    float(choice[0][0] if isinstance(choice[0], tuple | list) else choice[0])
+                    for choice in one["resps"]
+                ]
                 for one in sorted(told["samples"][name], key=lambda one: one["doc_id"])
-                for choice in one["resps"]
             ],
         }
         for name in names
@@ -139,11 +141,16 @@ def scored(model: Any, names: list[str], found: Any, **settings: Any) -> dict[st
 
 
 def compare(http: dict[str, Any], own: dict[str, Any], seconds: float) -> dict[str, Any]:
-    pairs = list(zip(http["loglikelihoods"], own["loglikelihoods"], strict=True))
+    questions = list(zip(http["questions"], own["questions"], strict=True))
+    pairs = [pair for one in questions for pair in zip(*one, strict=True)]
     return {
         "over HTTP": {key: http[key] for key in ("acc", "acc_norm")},
         "in process": {key: own[key] for key in ("acc", "acc_norm")},
         "log-likelihoods": len(pairs),
+        "questions": len(questions),
+        "questions with another choice": sum(
+            a.index(max(a)) != b.index(max(b)) for a, b in questions
+        ),
         "largest difference, nats": max(abs(a - b) for a, b in pairs),
         "seconds over HTTP, all tasks": round(seconds, 1),
     }

@@ -2,7 +2,7 @@
 
     python benchmarks/paper_throughput.py [--size 1b] [--layers 8] [--vllm PYTHON] [--save NAME]
     python benchmarks/paper_throughput.py --size 6b --paper --vllm PYTHON --save NAME
-    python benchmarks/paper_throughput.py ... --out FOLDER --only dense
+    python benchmarks/paper_throughput.py ... --out FOLDER --only dense,dsmoe
 
 The paper's Tables 5 (transformers) and 7 (vLLM), and Figure 1 of its article (one token in). By
 default a small measurement for a CPU: some layers of the shape, a batch of 4, prompts of 512.
@@ -10,8 +10,7 @@ default a small measurement for a CPU: some layers of the shape, a batch of 4, p
 weights, but which experts a threshold chooses does; so DS-MoE has a fixed number here, as in the
 paper's table of speeds. vLLM runs in an environment with moefit-vllm and without moefit, whose
 Python `--vllm` names: shape by shape after transformers, with random weights that it makes itself.
-With `--out`, shapes that were measured before are not measured again, so that `--only` may measure
-one at a time.
+With `--out`, what was measured before is kept, so that a run may be continued.
 """
 
 import argparse
@@ -223,19 +222,14 @@ def beside(python: Path, settings: dict[str, Any], arguments: argparse.Namespace
         return json.loads((folder / "speeds.json").read_text())
 
 
-def measured(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Measure a shape with transformers, and with vLLM if it is given."""
-    preset_name, rule = SHAPES[arguments.size][name]
-    settings = configuration(preset_name, rule, arguments.layers)
-    loads = PAPER if arguments.paper else {"transformers": SMALL}
-    found = {
-        "preset": preset_name,
-        "rule": rule,
-        "transformers": _alone(with_transformers, settings, loads["transformers"], dtype),
-    }
-    if arguments.vllm:
-        found["vllm"] = beside(arguments.vllm, settings, arguments)
-    return found
+def measured(
+    engine: str, settings: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure a shape with an engine."""
+    if engine == "vllm":
+        return beside(arguments.vllm, settings, arguments)
+    loads = PAPER[engine] if arguments.paper else SMALL
+    return _alone(with_transformers, settings, loads, getattr(torch, arguments.dtype))
 
 
 def _alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -259,17 +253,20 @@ def show(results: dict[str, Any]) -> None:
             print("  ".join(parts))
 
 
-def kept(name: str, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any] | None:
-    """Return what was measured of a shape, now or before; None if it is left out."""
-    file = None if arguments.out is None else arguments.out / f"{name}.json"
-    if file is not None and file.is_file():
-        return json.loads(file.read_text())
-    if arguments.only not in (None, name):
-        return None
-    found = measured(name, arguments, dtype)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+def kept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured of a shape, now or before."""
+    preset_name, rule = SHAPES[arguments.size][name]
+    settings = configuration(preset_name, rule, arguments.layers)
+    found: dict[str, Any] = {"preset": preset_name, "rule": rule}
+    for engine in ("transformers", "vllm") if arguments.vllm else ("transformers",):
+        file = None if arguments.out is None else arguments.out / f"{name}-{engine}.json"
+        if file is not None and file.is_file():
+            found[engine] = json.loads(file.read_text())
+            continue
+        found[engine] = measured(engine, settings, arguments)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found[engine], indent=1) + "\n")
     return found
 
 
@@ -280,22 +277,21 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's sizes, for a GPU")
     parser.add_argument("--layers", type=int, help="of the shape; all by default")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--only", help="one kind of shape, such as dense")
+    parser.add_argument("--only", help="kinds of shapes, separated by commas")
     parser.add_argument("--out", type=Path, help="folder of what was measured of each shape")
     parser.add_argument("--save", metavar="NAME")
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)  # as `beside` calls it
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
     if arguments.config:
         loads = PAPER["vllm"] if arguments.paper else SMALL
-        speeds = with_vllm(arguments.config, loads, dtype)
+        speeds = with_vllm(arguments.config, loads, getattr(torch, arguments.dtype))
         (arguments.config / "speeds.json").write_text(json.dumps(speeds))
         return
     shapes = SHAPES[arguments.size]
-    if arguments.only and arguments.only not in shapes:
-        parser.error(f"--only is one of {', '.join(shapes)}")
-    found = {name: kept(name, arguments, dtype) for name in shapes}
-    results = {name: one for name, one in found.items() if one is not None}
+    chosen = arguments.only.split(",") if arguments.only else list(shapes)
+    if not set(chosen) <= set(shapes):
+        parser.error(f"--only has some of {', '.join(shapes)}")
+    results = {name: kept(name, arguments) for name in chosen}
     show(results)
     if arguments.save:
         notes = (
