@@ -5,9 +5,11 @@ held-out text: the DS-MoE under several rules, the others under their own. Plots
 active parameters.
 
     python benchmarks/paper_in_small.py dense=RUN smoe=RUN dsmoe=RUN [--name novels] [--save]
+    python benchmarks/paper_in_small.py --redraw RECORD
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -28,6 +30,16 @@ from moefit.train.run_folder import read_log
 
 KS = (8, 6, 4, 3, 2)
 EPSILONS = (0.25, 0.48, 0.6, 0.75, 1.0)
+# Share of parameters that is active, and perplexity over the dense twin's, of Tables 3 and 5.
+PAPER = {
+    "x threshold, 1B, 3B and 6B": [
+        (0.41, 20.37 / 20.48),
+        (0.34, 15.48 / 14.77),
+        (0.29, 13.89 / 12.98),
+    ],
+    "+ top_k, 3B and 6B": [(1039 / 2793, 15.63 / 14.77), (2043 / 6338, 13.92 / 12.98)],
+    "1 sparse, 1B": [(419 / 1042, 21.09 / 20.48)],
+}
 
 
 def rules_for(model: DsMoeForCausalLM) -> list[Rule]:
@@ -45,11 +57,15 @@ def rules_for(model: DsMoeForCausalLM) -> list[Rule]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
     parser.add_argument("--name", default="")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--redraw", type=Path, metavar="RECORD", help="draw its picture, only")
     options = parser.parse_args()
+    if options.redraw:
+        redraw(options.redraw)
+        return
     runs = dict(run.split("=", 1) for run in options.runs)
     results = {name: one_run(Path(out), options.max_tokens) for name, out in runs.items()}
     for name, result in results.items():
@@ -109,26 +125,53 @@ def held_out_of_run(data: PreparedData, seq_len: int, max_tokens: int | None) ->
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """Draw perplexity by active parameters, and beside it both as shares of the dense twin's."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dense = math.exp(results["dense"]["scores"][0].loss) if "dense" in results else None
+    markers = iter("sD^vP*X")
     for name, result in results.items():
-        scores: list[Score] = result["scores"]
-        kinds: dict[str, list[Score]] = {}
-        for one in scores:
-            rule = Rule.parse(one.rule)
-            kind = rule.kind if len(scores) > 1 else "own rule"
-            if not rule.renormalize or len(scores) == 1:
-                kinds.setdefault(kind, []).append(one)
-        for kind, members in kinds.items():
-            members = sorted(members, key=lambda one: one.active_parameters)
-            xs = [one.active_parameters / 1e6 for one in members]
+        for kind, members in _by_kind(result["scores"]).items():
             ys = [math.exp(one.loss) for one in members]
-            axes.plot(xs, ys, "o-", ms=4, lw=1, label=f"{name}, {kind}")
-    axes.set_xlabel("active parameters without embeddings, millions")
-    axes.set_ylabel("held-out perplexity")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+            how: dict = {"label": f"{name}, {kind}", "ms": 4, "lw": 1, "marker": "o"}
+            if len(members) == 1:  # hollow and large, so that nothing hides it
+                how |= {"marker": next(markers), "ms": 10, "mfc": "none", "ls": ""}
+            (line,) = left.plot([one.active_parameters / 1e6 for one in members], ys, **how)
+            if dense is not None:
+                how |= {"color": line.get_color()}
+                xs = [one.active_share for one in members]
+                right.plot(xs, [y / dense for y in ys], **how)
+    left.set(xlabel="active parameters without embeddings, millions", ylabel="held-out perplexity")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    for label, points in PAPER.items() if dense is not None else ():
+        right.plot(*zip(*points, strict=True), "k" + label[0], ms=7, label=f"paper, {label[2:]}")
+    right.axhline(1, color="grey", lw=1)
+    right.set(xlabel="share of parameters that is active", ylabel="perplexity, of the dense twin's")
+    right.set(xlim=(0.25, 1.03), ylim=(0.9, 1.3))
+    right.legend(handles=right.get_lines()[-1 - len(PAPER) : -1], fontsize=8)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _by_kind(scores: list[Score]) -> dict[str, list[Score]]:
+    """Return the scores of each kind of rule, by active parameters."""
+    if len(scores) == 1:
+        return {"own rule": scores}
+    kinds: dict[str, list[Score]] = {}
+    for one in sorted(scores, key=lambda one: one.active_parameters):
+        rule = Rule.parse(one.rule)
+        if not rule.renormalize:
+            kinds.setdefault(rule.kind, []).append(one)
+    return kinds
+
+
+def redraw(path: Path) -> None:
+    """Draw the picture of a record again."""
+    results = json.loads(path.read_text())["results"]
+    for one in results.values():
+        one["scores"] = [Score(**row) for row in one["scores"]]
+    draw(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{given.model}: accuracy with half its 95% interval over the first {given.limit} "
+            f"{Path(given.model).name}: accuracy with half its 95% interval over the first {given.limit} "
             "questions of each task, zero-shot, by lm-evaluation-harness. Active parameters are "
             "means over the tokens of all requests, without embeddings and head."
         )
