@@ -56,8 +56,8 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{Path(given.model).name}: accuracy with half its 95% interval over the first {given.limit} "
-            "questions of each task, zero-shot, by lm-evaluation-harness. Active parameters are "
+            f"{Path(given.model).name}: accuracy with half its 95% interval over the first "
+            f"{given.limit} questions of each task, zero-shot, by lm-evaluation-harness. Active parameters are "
             "means over the tokens of all requests, without embeddings and head."
         )
         print(record.write(given.save, results, notes=notes))
