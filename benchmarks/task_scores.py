@@ -57,8 +57,9 @@ def main() -> None:
     if given.save:
         notes = (
             f"{Path(given.model).name}: accuracy with half its 95% interval over the first "
-            f"{given.limit} questions of each task, zero-shot, by lm-evaluation-harness. Active parameters are "
-            "means over the tokens of all requests, without embeddings and head."
+            f"{given.limit} questions of each task, zero-shot, by lm-evaluation-harness. "
+            "Active parameters are means over the tokens of all requests, without embeddings and "
+            "head."
         )
         print(record.write(given.save, results, notes=notes))
 
