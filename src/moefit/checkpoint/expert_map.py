@@ -172,6 +172,25 @@ def parameter_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str,
     return {name: names.target(name)[0] for name in tensors}
 
 
+def direct_sources(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """Return the tensor of each parameter that is loaded from one tensor, without a rule.
+
+    Args:
+        model: On the meta device, with its own experts modules.
+        tensors: Names in the checkpoint, such as `CheckpointMap.dense_weights`.
+    """
+    names = _Names.of(model)
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for name in tensors:
+        target, pattern = names.target(name)
+        found.setdefault(target, []).append((name, pattern))
+    return {
+        target: sources[0][0]
+        for target, sources in found.items()
+        if len(sources) == 1 and sources[0][1] is None
+    }
+
+
 def refuse_parts(model: PreTrainedModel, folder: Path, tensors: Iterable[str]) -> None:
     """Refuse a checkpoint that has parts of quantised weights of an unknown format, by name alone.
 

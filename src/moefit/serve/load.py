@@ -29,7 +29,6 @@ from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import AUTO_PRECISION, LoadSettings, Placement, Policy
 from moefit.serve.hf.generation_config import use_generation_config
 from moefit.serve.hf.kv_cache import check_int8_cache
-from moefit.serve.hf.quant_linear import quantize_dense_weights
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton, load_dense_weights
 from moefit.serve.io.device_copy import CpuCopies, CudaCopies
 from moefit.serve.io.loads import Transfer
@@ -211,9 +210,8 @@ def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> S
     for index, experts in enumerate(blocks.values()):
         experts.depth, experts.index = (index + 0.5) / len(blocks), index
     _set_resident_order(skeleton, blocks)
-    model = load_dense_weights(skeleton, blocks, device)
-    if (dense := settings.dense_format()) is not None:
-        quantize_dense_weights(model, dense, skeleton.blocks, partial(progress, "dense weights"))
+    encoding = partial(progress, "dense weights")
+    model = load_dense_weights(skeleton, blocks, device, settings.dense_format(), encoding)
     return_freed_memory()
     return ServedParts(
         folder=folder,

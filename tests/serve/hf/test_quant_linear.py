@@ -10,6 +10,7 @@ import moefit
 from moefit.errors import BudgetTooSmallError
 from moefit.quant.encode import encode
 from moefit.serve.hf import quant_linear
+from moefit.serve.hf.dense_groups import DenseGroups
 from moefit.serve.hf.quant_linear import GroupedEmbedding, GroupedLinear, decoded_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
@@ -105,7 +106,8 @@ def test_generates(tmp_path) -> None:
 
 def test_native_weights_must_fit_while_they_are_encoded(tmp_path, monkeypatch) -> None:
     folder = saved(tiny("Mixtral", dtype=torch.bfloat16, **SIZES), tmp_path)
-    monkeypatch.setattr("moefit.serve.memory.estimate.weight_bytes", lambda *_: 8 << 30)
-    monkeypatch.setattr("moefit.serve.memory.estimate.saved_bytes", lambda *_: (8 << 30) - 1)
+    monkeypatch.setattr(
+        "moefit.serve.memory.estimate.dense_groups", lambda *_: DenseGroups((), 8 << 30)
+    )
     with pytest.raises(BudgetTooSmallError, match="of dense weights while they are being encoded"):
         moefit.load(folder, dense_precision="int4", memory="6GiB")

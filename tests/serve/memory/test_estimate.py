@@ -200,17 +200,22 @@ def test_kernels_reserve_nothing_for_decoding(precision: str, tmp_path: Path, mo
     assert by_torch[1].staging >= with_kernels[1].staging
 
 
-def test_encoding_counts_the_encoded_matrix_beside_the_originals(tmp_path: Path) -> None:
-    skeleton = build_skeleton(saved(tiny("Mixtral", hidden_size=64), tmp_path))
+def test_encoding_counts_one_group_beside_the_encoded_weights(tmp_path: Path, monkeypatch) -> None:
+    model = tiny("Mixtral", hidden_size=64, tie_word_embeddings=False)
+    skeleton = build_skeleton(saved(model, tmp_path))
     settings = LoadSettings(context=64, dense_precision="int8")
-    own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
-    matrices = quantizable_modules(skeleton.model, skeleton.blocks).values()
-    most = max(one.get_parameter("weight").numel() for one in matrices)
-    found = encoding_bytes(skeleton, settings) - own
-    assert most < found < 2 * most  # a byte per weight, and scales
+    budget = memory_budget(skeleton, settings)
+    sizes = [
+        one.get_parameter("weight").numel() * 4
+        for one in quantizable_modules(skeleton.model, skeleton.blocks).values()
+    ]
+    assert encoding_bytes(skeleton, settings) == budget.weights + sum(sizes)
+    monkeypatch.setattr("moefit.serve.hf.dense_groups.GROUP_BYTES", 1)
+    assert encoding_bytes(skeleton, settings) == budget.weights + max(sizes)
 
 
-def test_least_budget_includes_what_encoding_takes(tmp_path: Path) -> None:
+def test_least_budget_includes_what_encoding_takes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("moefit.serve.memory.estimate.droppable_bytes", lambda: 0)  # of all tests
     folder = saved(tiny("Mixtral", vocab_size=300_000, hidden_size=64), tmp_path)
     settings = LoadSettings(context=64, dense_precision="int4")
     least = memory_budget(build_skeleton(folder), settings).min_bytes

@@ -167,29 +167,79 @@ def quantize_dense_weights(
     Returns:
         The names of the replaced modules.
     """
-    modules = quantizable_modules(model, blocks)
-    weights = _group_by_weight(modules)
-    arena = _Arena(weights, format.bits)
-    for done, (weight, names) in enumerate(weights.items(), start=1):
-        matrix = arena.allocate(weight)
-        encode_into(matrix, weight.detach(), format.encoder)
-        for name in names:
-            model.set_submodule(name, _quantized_module(modules[name], matrix, weight.dtype))
-        weight.data = weight.new_empty(0)
-        progress(done, len(weights))
-    return tuple(modules)
+    device = next(model.parameters()).device
+    encoder = DenseEncoder(model, format, blocks, device, progress)
+    encoder.encode()
+    return encoder.place()
+
+
+class DenseEncoder:
+    """Encode linear layers and embeddings, some at a time, and replace them by quantised ones.
+
+    Args:
+        model: The model; its weights need not be loaded yet.
+        format: The format to encode in.
+        blocks: The model's MoE blocks; their experts and routers are not replaced.
+        device: That weights are on once they are loaded.
+        progress: Callback with the number of matrices done and in total.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        format: GroupedFormat,
+        blocks: Collection[MoeBlock],
+        device: torch.device,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self._model, self._format, self._blocks = model, format, blocks
+        self._progress, self._done = progress, 0
+        self._made: dict[str, nn.Module] = {}
+        weights = _group_by_weight(quantizable_modules(model, blocks))
+        self._total = len(weights)
+        self._arena = _Arena(weights if device.type == "cpu" else (), format.bits)
+
+    def encode(self, names: Collection[str] | None = None) -> None:
+        """Encode the weights of modules, which are loaded; `place` replaces the modules.
+
+        Empty modules stand for them meanwhile, since transformers' loader would take the codes for
+        buffers that it has to initialise.
+
+        Args:
+            names: Of the modules; None for all that remain.
+        """
+        remaining = quantizable_modules(self._model, self._blocks)
+        modules = remaining if names is None else {name: remaining[name] for name in names}
+        for weight, owners in _group_by_weight(modules).items():
+            matrix = self._arena.allocate(weight)
+            encode_into(matrix, weight.detach(), self._format.encoder)
+            for name in owners:
+                self._made[name] = _quantized_module(modules[name], matrix, weight.dtype)
+                self._model.set_submodule(name, nn.Module())
+            weight.data = weight.new_empty(0)
+            self._done += 1
+            self._progress(self._done, self._total)
+
+    def place(self) -> tuple[str, ...]:
+        """Put the quantised modules in the model, and return their names."""
+        for name, module in self._made.items():
+            self._model.set_submodule(name, module)
+        return tuple(self._made)
 
 
 class _Arena:
     """Memory for encoded matrices on a CPU in one mapping, so that nearly all of it is huge pages.
 
     A page is allocated when it is first written, so the arena may exist before weights are freed.
+
+    Args:
+        weights: All that will be encoded there, possibly on the meta device.
+        bits: Per weight.
     """
 
     def __init__(self, weights: Collection[Tensor], bits: int):
         self._bits = bits
-        on_cpu = [weight for weight in weights if weight.device.type == "cpu"]
-        total = sum(map(self._size, on_cpu))
+        total = sum(map(self._size, weights))
         self._free_B = host_bytes(total) if total else torch.empty(0, dtype=torch.uint8)
 
     def allocate(self, weight: Tensor) -> GroupedMatrix:

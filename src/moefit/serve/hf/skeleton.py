@@ -5,7 +5,7 @@ itself converts and renames the dense weights: it is given a checkpoint and a mo
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,10 @@ from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError, i
 from moefit.folders import is_gguf
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
+from moefit.quant.format import GroupedFormat
+from moefit.serve.hf.dense_groups import dense_groups
 from moefit.serve.hf.mtp import make_last_layer_mtp, one_layer_more
+from moefit.serve.hf.quant_linear import DenseEncoder
 
 _MAX_COUNT = 2048  # layers or experts; models with more take long to build
 _MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
@@ -290,7 +293,11 @@ def _index_names(folder: Path) -> list[str]:
 
 
 def load_dense_weights(
-    skeleton: Skeleton, experts: Mapping[str, nn.Module], device: torch.device
+    skeleton: Skeleton,
+    experts: Mapping[str, nn.Module],
+    device: torch.device,
+    format: GroupedFormat | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PreTrainedModel:
     """Replace the experts by served ones and load all other weights.
 
@@ -298,6 +305,8 @@ def load_dense_weights(
         skeleton: The model.
         experts: The served experts modules by block name.
         device: The device to load onto.
+        format: Encode matrices in this format, in groups that are loaded one after the other.
+        progress: Callback with the number of matrices encoded and of all.
 
     Returns:
         The model in eval mode.
@@ -307,6 +316,10 @@ def load_dense_weights(
     """
     model = skeleton.model
     conversions = get_model_conversion_mapping(model)
+    dense = skeleton.map.dense_weights
+    groups = (
+        () if format is None else dense_groups(model, dense, skeleton.blocks, skeleton.dtype).groups
+    )
     for block in skeleton.blocks:
         served = experts[block.name]
         for name, module in _shared_modules(model, block).items():
@@ -314,10 +327,7 @@ def load_dense_weights(
         model.set_submodule(block.name, block.around(served))
         _skip_initialisation(model.get_submodule(block.parent))
     _untie_experts(model)
-    lazy = {
-        name: LazyTensor(skeleton.checkpoint, stored)
-        for name, stored in skeleton.map.dense_weights.items()
-    }
+    lazy = {name: LazyTensor(skeleton.checkpoint, stored) for name, stored in dense.items()}
     plan = LoadStateDictConfig(
         device_map={"": device},
         ignore_mismatched_sizes=True,  # raised below, with names
@@ -326,6 +336,12 @@ def load_dense_weights(
         weight_mapping=cast(Any, conversions),
     )
     loader = type(model)
+    encoder = format and DenseEncoder(model, format, skeleton.blocks, device, progress)
+    for group in groups:
+        part = {name: lazy.pop(name) for name in group.sources}
+        loader._load_pretrained_model(model, cast(Any, part), None, plan)
+        assert encoder is not None
+        encoder.encode(group.modules)
     info, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
     info = loader._finalize_model_loading(model, plan, info)
     if info.missing_keys or info.mismatched_keys or info.conversion_errors:
@@ -334,6 +350,9 @@ def load_dense_weights(
             f"the checkpoint lacks {len(names)} weights that {loader.__name__} needs, or has them "
             f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
         )
+    if encoder is not None:
+        encoder.encode()
+        encoder.place()
     return model.eval()
 
 

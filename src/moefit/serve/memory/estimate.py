@@ -41,9 +41,10 @@ from moefit.serve.config import (
     check_placement,
 )
 from moefit.serve.hf.attention import attention_by_kernels
+from moefit.serve.hf.dense_groups import dense_groups
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
 from moefit.serve.hf.mtp import MTP_TOKENS
-from moefit.serve.hf.quant_linear import decoded_bytes, largest_encoded, saved_bytes
+from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
 from moefit.serve.io.reader import ExpertStore
@@ -182,11 +183,16 @@ def weight_bytes(stored: Iterable[StoredTensor], dtype: torch.dtype) -> int:
 
 
 def encoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
-    """Return the bytes of dense weights while they are being encoded; 0 if they are not."""
-    if (format := settings.dense_format()) is None:
+    """Return the bytes of dense weights while they are being encoded; 0 if they are not.
+
+    These are all encoded ones, and the largest group that is loaded before it is encoded.
+    """
+    if settings.dense_format() is None:
         return 0
-    own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
-    return own + largest_encoded(skeleton.model, format, skeleton.blocks)
+    groups = dense_groups(
+        skeleton.model, skeleton.map.dense_weights, skeleton.blocks, skeleton.dtype
+    )
+    return _dense_bytes(skeleton, settings) + groups.peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
