@@ -181,6 +181,40 @@ def test_measurements_switch_a_draft_model_off_that_takes_too_long(target) -> No
         assert stats.speculation.plain_steps > 50
 
 
+def test_probes_take_a_hundredth_of_the_time(target) -> None:
+    """Where drafts do not pay, and reading the prompt for them neither."""
+    with load_model(target, LoadSettings(context=CONTEXT, draft=target)) as served:
+        served.model.generation_config.eos_token_id = None
+        with running(served, speculate="draft") as engine:
+            ask(engine, text(5), greedy(3)).wait()
+            speculation, probes = engine.speculation, []
+
+            def stepped(tokens: int, _: float) -> None:
+                speculation._times.add(tokens, 0.01)
+                speculation._seconds += 0.01
+
+            def measure(_: float, unread: Sequence[int]) -> None:
+                assert speculation._probes
+                probes.append(max(unread))
+                speculation._probed += 0.1
+
+            speculation._seconds, speculation._probed = 10.0, 0.0
+            speculation._drafting.seconds = lambda longest: 0.01 * longest
+            speculation._reading.seconds = lambda unread: 0.01 * unread
+            speculation.stepped, speculation._measure = stepped, measure
+            speculation._times.add(1, 0.01)
+            ask(engine, (text(100) * 3)[:300], greedy(200)).wait()
+            assert probes[0] > 300
+            assert probes[1] == probes[0] - DRAFT_STEP + 1, "it goes on where it has begun"
+            assert len(probes) == 2, "0.2 s of less than 20"
+            speculation._seconds = 100.0
+            ask(engine, text(9), greedy(150)).wait()
+            assert len(probes) > 3 and max(probes[2:]) < 90
+            assert speculation._probed <= 0.01 * speculation._seconds + 0.1
+            stats = engine.stats().speculation
+        assert stats is not None and stats.drafts >= 2
+
+
 def test_a_draft_model_needs_memory(target, tmp_path) -> None:
     plain, folder = LoadSettings(context=CONTEXT), dense(tmp_path, num_hidden_layers=3)
     with load_model(target, plain) as served:

@@ -40,14 +40,16 @@ from moefit.serve.config import Policy
 from moefit.serve.hf.mtp import has_mtp
 from moefit.serve.memory.activations import experts_per_token
 from moefit.serve.memory.budget import MemoryBudget
+from moefit.serve.memory.draft import DRAFT_STEP
 from moefit.serve.model import ServedModel
 
 PROBE_STEPS = 64  # steps without drafts after which one tries a few, to measure it
 _PROBE_TOKENS, _PROBE_CHANCE = 3, 0.5
-_COMPUTED_PROBE_CHANCE = 0.2  # lower, since what is not computed is not counted either
-# Tokens that a drafter may have to read first, by token that a request may still generate, and up
-# to which the time of drafting is measured.
-_READ_FIRST, _READ_MEASURED = 16, 32
+_COMPUTED_PROBE_SHARE = 0.01  # of the seconds of all steps, that probes may take
+_READ_MEASURED = 32  # unread tokens up to which the time of a call is that of drafting
+# Share of the seconds of the longest answer that reading its prompt may take. Drafts gain at least
+# twice as much, but answers may end early.
+_READ_SHARE = 0.04
 _LOG = logging.getLogger(__name__)
 
 
@@ -133,6 +135,9 @@ class Speculation:
         priors = (COMPUTED_PRIOR, COMPUTED_PRIOR) if self._computes else ()
         self._acceptance = Acceptance(*priors)
         self._times, self._drafting = StepTimes(StepGrowth()), DraftingTimes()
+        self._reading = DraftingTimes()  # of unread tokens
+        self._seconds = self._probed = 0.0  # of all steps, and of drafting in probes
+        self._probes = False  # whether this step does
         self._seen: tuple[MemoryBudget, Policy] | None = None  # in force when times were measured
         self._drafts: dict[str, Draft] = {}  # of this step, also those that are not verified
         self._chances: dict[str, list[float]] = {}  # of their tokens
@@ -231,22 +236,62 @@ class Speculation:
         tokens: int,
     ) -> dict[str, tuple[int, ...]]:
         """Decide how many tokens to draft, and draft those."""
+        left = {name: most for name, (_, most) in decoding.items()}
         behind = {name: drafter.behind(name, len(text)) for name, (text, _) in wanted.items()}
         known = {
             name: (COMPUTED_EVIDENCE, most)
             for name, (_, most) in wanted.items()
-            if (unread := behind[name]) is not None and unread <= _READ_FIRST * decoding[name][1]
+            if (unread := behind[name]) is not None and self._is_read_in_time(unread, left[name])
         }
         lengths = self._lengths(known, tokens)
+        self._probes = not lengths and self._may_probe()
+        if self._probes:
+            lengths = self._probe(behind, wanted)
         if not lengths:
             return {}
         chosen = {name: (wanted[name][0], length) for name, length in lengths.items()}
         began = monotonic()
         self._drafts = _as_wanted(drafter.draft(chosen), chosen)
-        longest = max((len(one.tokens) for one in self._drafts.values()), default=0)
-        if longest and max(behind[name] or 0 for name in chosen) <= _READ_MEASURED:
-            self._drafting.add(longest, monotonic() - began)
+        self._measure(monotonic() - began, [behind[name] or 0 for name in chosen])
         return {name: draft.tokens for name, draft in self._drafts.items()}
+
+    def _is_read_in_time(self, unread: int, left: int) -> bool:
+        """Return whether reading a request's text takes little of the time of its answer."""
+        step = self._times.seconds(1)
+        if unread <= _READ_MEASURED or step is None:
+            return True
+        return self._reading.seconds(unread) <= _READ_SHARE * left * step
+
+    def _measure(self, seconds: float, unread: Sequence[int]) -> None:
+        """Record how long drafting took, or reading."""
+        longest = max((len(one.tokens) for one in self._drafts.values()), default=0)
+        if max(unread) > _READ_MEASURED:
+            self._reading.add(min(sum(unread), DRAFT_STEP), seconds)
+        elif longest:
+            self._drafting.add(longest, seconds)
+        if self._probes:
+            self._probed += seconds
+
+    def _may_probe(self) -> bool:
+        """Return whether it is time to measure again what a drafter that computes is worth."""
+        in_time = self._probed <= _COMPUTED_PROBE_SHARE * self._seconds
+        return self._without >= PROBE_STEPS and in_time
+
+    def _probe(
+        self,
+        behind: Mapping[str, int | None],
+        wanted: Mapping[str, tuple[Sequence[int], int]],
+    ) -> dict[str, int]:
+        """Return a short draft of the request that is read soonest."""
+        unread = {name: number for name, number in behind.items() if number is not None}
+        if not unread:
+            return {}
+        name = min(unread, key=lambda one: unread[one])
+        most = min(_PROBE_TOKENS, wanted[name][1])
+        self._chances[name] = self._acceptance.chances(name, COMPUTED_EVIDENCE, most)
+        if unread[name] <= _READ_MEASURED:  # else it has to go on reading
+            self._without = 0
+        return {name: most}
 
     def _lengths(self, known: Mapping[str, tuple[int, int]], tokens: int) -> dict[str, int]:
         """Return how many tokens of each draft to verify.
@@ -255,7 +300,9 @@ class Speculation:
             known: Evidence and tokens of each draft.
             tokens: Of the step without drafts.
         """
+        self._chances = {}
         if not known:
+            self._without += self._computes
             return {}
         chances = {name: self._acceptance.chances(name, *one) for name, one in known.items()}
         self._chances = chances
@@ -272,8 +319,9 @@ class Speculation:
         self._totals.plain_steps += 1
         self._without += 1
         likeliest = max(chances, key=lambda name: chances[name][0])
-        least = _COMPUTED_PROBE_CHANCE if self._computes else _PROBE_CHANCE
-        if self._without < PROBE_STEPS or chances[likeliest][0] < least:
+        if self._computes or self._without < PROBE_STEPS:
+            return {}
+        if chances[likeliest][0] < _PROBE_CHANCE:
             return {}
         self._without = 0
         return {likeliest: min(_PROBE_TOKENS, len(chances[likeliest]))}
@@ -311,6 +359,7 @@ class Speculation:
         """Record how long a step of this many tokens took."""
         if self._drafter is not None:
             self._times.add(tokens, seconds)
+            self._seconds += seconds
 
     def stats(self) -> SpeculationStats | None:
         """Return totals; None if nothing is ever drafted. From any thread."""
@@ -331,6 +380,7 @@ class Speculation:
         if self._seen is None or now[0] is not self._seen[0] or now[1] != self._seen[1]:
             self._seen = now
             self._times, self._drafting = StepTimes(growth_of(self._served)), DraftingTimes()
+            self._reading = DraftingTimes()
 
 
 def _as_wanted(
