@@ -18,7 +18,7 @@ from moefit.serve.load import load_model
 pytestmark = compiled
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Kernels compute attention whose heads are multiples of 16 wide; those of other tests are 8.
-# torch's sigmoid and silu round differently past the last whole 32 elements.
+# torch's sigmoid rounds differently past the last whole 32 elements.
 WIDER: dict[str, dict[str, int]] = {
     "Mixtral": {"num_attention_heads": 2, "num_key_value_heads": 1},
     "Olmoe": {"num_attention_heads": 2, "num_key_value_heads": 2},

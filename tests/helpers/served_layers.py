@@ -1,6 +1,6 @@
 """Served models of a few layers, and what they compute."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ def decoded(model: Any, **named: Any) -> Tensor:
 
 
 @contextmanager
-def served(name: str, folder: Path, **settings: Any) -> Iterator[ServedModel]:
-    model = tiny_family(name, head_dim=16, hidden_size=64)
+def served(
+    name: str, folder: Path, *, sizes: Mapping[str, Any] | None = None, **settings: Any
+) -> Iterator[ServedModel]:
+    model = tiny_family(name, **{"head_dim": 16, "hidden_size": 64, **(sizes or {})})
     model.to(settings.pop("dtype", torch.bfloat16))
     with load_model(saved(model, folder), LoadSettings(context=128, **settings)) as loaded:
         yield loaded

@@ -28,7 +28,8 @@ from moefit.quant.scaled.matrix import ScaledMatrix
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
-VERSION = 17  # of the C interface; equal to that in csrc/experts.cpp
+ELEMENTWISE = ("silu", "sigmoid")
+VERSION = 18  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -157,6 +158,12 @@ class Kernels:
             c_int64, c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3,
         ]  # fmt: skip
         library.moefit_rotate.argtypes = [c_int64, *[c_void_p] * 7]
+        library.moefit_elementwise.argtypes = [
+            c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
+        library.moefit_add_shared.argtypes = [
+            c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
 
     def linear(
         self,
@@ -405,6 +412,23 @@ class Kernels:
             cos_TR.data_ptr(), sin_TR.data_ptr(), results[0].data_ptr(), results[1].data_ptr(),
             None if choice is None else addressof(choice),
         )  # fmt: skip
+
+    def elementwise(self, function: str, x: Tensor) -> Tensor:
+        """Return a function of each element, one of `ELEMENTWISE`, of values in `_KINDS`."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._library.moefit_elementwise(
+            self._level, ELEMENTWISE.index(function), x.data_ptr(), x.numel(), _KINDS[x.dtype],
+            y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+    def add_shared(self, address: int, x_TD: Tensor, y_TD: Tensor) -> None:
+        """Add a shared expert's output to y_TD; see `quant.layers.shared_expert`."""
+        assert x_TD.dtype == y_TD.dtype and x_TD.shape == y_TD.shape
+        self._library.moefit_add_shared(
+            self._level, address, x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype], y_TD.data_ptr()
+        )
 
     def keep_torch_on_one_thread(self, begin: bool) -> None:
         """Keep operations of torch that this thread calls on it until the next call with False."""

@@ -18,6 +18,7 @@ from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.swaps import StepWatcher
 from moefit.serve.config import BlockPlacement, LoadSettings, Mode, Placement, Policy
+from moefit.serve.hf.activations import use_activation_kernels
 from moefit.serve.hf.attention import use_kernels
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
@@ -71,6 +72,7 @@ class ServedModel:
             use_linear_kernels(self.model),
             use_norm_kernels(self.model, self.model.dtype),
             use_rotary_kernels(self.model, self.model.dtype),
+            use_activation_kernels(self.model, self.model.dtype),
             use_router_kernels(self.model, self.blocks, self.model.dtype),
         )
         with self.zero_experts():

@@ -20,13 +20,14 @@ from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.load import load_model
 
 pytestmark = compiled
-# Whether the router is part of the call: not where shared experts are added, or the block chooses.
+# Whether the router is part of the call: not where the block chooses.
 FAMILIES = {
     "olmoe": True,
     "mixtral": True,
     "qwen3_moe": True,
-    "qwen2_moe": False,
-    "glm4_moe": False,
+    "qwen2_moe": True,
+    "glm4_moe": True,
+    "dots1": True,
     "minimax_m2": False,
     "gpt_oss": True,
 }

@@ -23,7 +23,7 @@ from moefit.serve.layer import layer_chain
 from moefit.serve.model import ServedModel
 
 pytestmark = compiled
-FAMILIES = ("olmoe", "mixtral", "qwen3_moe")
+FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
 INT8 = {"precision": "int4", "kv_cache": "int8"}
 
 

@@ -14,6 +14,12 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
 
 extern "C" {
 
+// A linear layer.
+struct Linear {
+    Matrix matrix;
+    const float *bias;  // null: none
+};
+
 // One expert: its matrices, its routed rows first to first + rows - 1, and the biases of both, null if it has none.
 struct Expert {
     Matrix in, down;

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moefit.graphs import outside_of_graphs
 from moefit.moe.routing import Routing
@@ -29,13 +28,10 @@ from moefit.quant.attention import (
     SegmentStruct,
     plain_attention,
 )
-from moefit.quant.backend import decoded
 from moefit.quant.cpu_kernels import (
     ACTIVATION_DTYPES,
     NATIVE_DTYPES,
-    KernelMatrix,
     Kernels,
-    MatrixStruct,
 )
 from moefit.quant.kv_int8 import Int8Rows
 from moefit.quant.layers.layer_operations import (
@@ -48,6 +44,7 @@ from moefit.quant.layers.layer_operations import (
     plain_rotate,
     rotary_struct,
 )
+from moefit.quant.layers.shared_expert import Linear, LinearStruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,20 +67,6 @@ class Norm:
             kind if weight is None else NATIVE_DTYPES[weight.dtype],
             form.round_first, form.eps, form.added,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Linear:
-    """A linear layer: its weight, and its bias in float32 if it has one."""
-
-    weight: KernelMatrix
-    bias_O: Tensor | None
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """Return x W^T + bias in the dtype of x, computed in float32."""
-        weight = self.weight.weight
-        weight_OI = weight if isinstance(weight, Tensor) else decoded(weight, torch.float32)
-        return F.linear(x_TI.float(), weight_OI.float(), self.bias_O).to(x_TI.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -222,14 +205,10 @@ def plain_attention_block(
     return sum_TD, block.after(sum_TD)
 
 
-class _Linear(Structure):
-    _fields_ = (("matrix", MatrixStruct), ("bias", c_void_p))
-
-
 class _Block(Structure):
     _fields_ = (
         *((name, NormStruct) for name in ("before", "after", "of_queries", "of_keys")),
-        *((name, _Linear) for name in ("query", "key", "value", "output")),
+        *((name, LinearStruct) for name in ("query", "key", "value", "output")),
         ("rotary", RotaryStruct),
         ("angles", c_int64),
         ("attention", AttentionStruct),
@@ -280,10 +259,7 @@ class AttentionBlockKernel:
             NormStruct() if one is None else one.struct(dtype)
             for one in (block.before, block.after, block.of_queries, block.of_keys)
         ]
-        linears = [
-            _Linear(one.weight.matrix, None if one.bias_O is None else one.bias_O.data_ptr())
-            for one in (block.query, block.key, block.value, block.output)
-        ]
+        linears = [one.struct() for one in (block.query, block.key, block.value, block.output)]
         self._parts = *norms, *linears, rotary_struct(block.rotary, dtype, cosines), cosines
         self._known: dict[tuple[Any, ...], _Block] = {}  # by the layout of caches
 

@@ -1,7 +1,8 @@
 """Consecutive decoder layers of a step as one call of the kernels.
 
-Each layer is an attention block, a router and its experts (`attention_block.py`), with two sums.
-The call ends before the experts of the first layer whose router chooses one that is not resident.
+Each layer is an attention block, a router and its experts (`attention_block.py`), a shared expert
+if it has one (`shared_expert.py`), and two sums. The call ends before the experts of the first
+layer whose router chooses one that is not resident.
 `LoadsExperts` may then load what is absent, while the resident ones are computed, and the layers go
 on; otherwise that layer is left to the caller. Results are those of the calls by themselves, bit by
 bit.
@@ -23,6 +24,7 @@ from moefit.quant.attention import SegmentStruct
 from moefit.quant.cpu_kernels import ACTIVATIONS, NATIVE_DTYPES, KernelMlp, Kernels
 from moefit.quant.layers.attention_block import AttentionBlockKernel, BlockOutput, CacheRows
 from moefit.quant.layers.layer_operations import RouterKernel, RouterSizes
+from moefit.quant.layers.shared_expert import SharedExpertKernel
 
 
 class ExpertAddresses:
@@ -55,12 +57,14 @@ class LayerCall:
         cache: Where tokens belong in its cache.
         router: Its router.
         experts: Its experts.
+        shared: An expert whose output is added to theirs; None for none.
     """
 
     block: AttentionBlockKernel
     cache: CacheRows
     router: RouterKernel
     experts: ExpertAddresses
+    shared: SharedExpertKernel | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +112,7 @@ class LoadsExperts(Protocol):
 
 class _Layer(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("block", "router", "experts")),
+        *((name, c_void_p) for name in ("block", "router", "experts", "shared")),
         ("gated", c_int64),
         ("activation", c_int64),
     )
@@ -127,7 +131,7 @@ class _Results(Structure):
 
 
 class _Rows(Structure):
-    _fields_ = (("done", c_void_p), ("outputs", c_void_p))
+    _fields_ = tuple((name, c_void_p) for name in ("done", "outputs", "shared", "has_shared"))
 
 
 class _Call:
@@ -155,6 +159,7 @@ class _Call:
             struct.experts, struct.gated, struct.activation = (
                 experts.address, experts.gated, experts.activation,
             )  # fmt: skip
+            struct.shared = None if one.shared is None else one.shared.address
         self._segments = (SegmentStruct * len(segments))(*segments)
         self._requests = len(segments) // len(layers)
         self._make_results()
@@ -231,14 +236,16 @@ def compute_layers(
     """
     call = _Call(kernels, layers, x_TD, cos_TR, sin_TR)
     complete = call.compute(0, None)
-    y_RD: Tensor | None = None
+    made: tuple[Tensor, Tensor] | None = None
     while complete < len(layers) and loads is not None:
         if not loads.begin(complete, call.ids_LTK[complete].flatten().tolist()):
             break
-        if y_RD is None:
+        if made is None:
             y_RD = torch.empty(call.ids_LTK[0].numel(), x_TD.shape[1], dtype=torch.float32)
-        done = (c_int8 * call.sizes.experts)()
-        rows = byref(_Rows(addressof(done), y_RD.data_ptr()))
+            made = y_RD, torch.empty_like(x_TD)
+        done, has_shared = (c_int8 * call.sizes.experts)(), c_int64()
+        outputs, shared = (one.data_ptr() for one in made)
+        rows = byref(_Rows(addressof(done), outputs, shared, addressof(has_shared)))
         call.compute_residents(complete, rows)
         loads.wait()
         complete = call.compute(complete, rows)

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, H heads, C head width, R cosines per token.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -160,20 +160,23 @@ def rotary_of(module: nn.Module, cosines: int, width: int) -> RotaryForm | None:
 
 @cache
 def _with_kernels(forward: FunctionType, dtype: torch.dtype) -> FunctionType | None:
-    """Return a copy of a `forward` that calls kernels for its rotary functions; None without any.
-
-    The copy has global names of its own, as they are now.
-    """
+    """Return a copy of a `forward` that calls kernels for its rotary functions; None for none."""
     found: dict[str, RotaryFunction] = {}
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
         if _may_rotate(function) and (rule := rotary_rule(function, dtype)) is not None:
             found[name] = RotaryFunction(function, rule)
-    if not found:
-        return None
+    return with_globals(forward, found) if found else None
+
+
+def with_globals(forward: FunctionType, others: Mapping[str, Any]) -> FunctionType:
+    """Return a copy of a function that finds other things under some global names.
+
+    The copy has global names of its own, as they are now.
+    """
     copy = FunctionType(
         forward.__code__,
-        {**forward.__globals__, **found},
+        {**forward.__globals__, **others},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,

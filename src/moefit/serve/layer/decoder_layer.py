@@ -27,17 +27,17 @@ from moefit.quant.layers.attention_block import (
     AttentionBlockKernel,
     BlockOutput,
     CacheRows,
-    Linear,
     Norm,
 )
 from moefit.quant.layers.layer_operations import RouterKernel
+from moefit.quant.layers.shared_expert import Linear, SharedExpertKernel
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
-from moefit.serve.hf.native_linear import KernelWeight
+from moefit.serve.hf.native_linear import addresses_of, linear_of
 from moefit.serve.hf.norms import norm_of
-from moefit.serve.hf.quant_linear import GroupedLinear
 from moefit.serve.hf.rotary import rotary_of
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_kernels import RouterForward
+from moefit.serve.layer.shared_modules import SharedModules, shared_modules
 
 MOST_TOKENS = 32  # of a step that is computed so: with more, the time between calls hardly counts
 UNKNOWN_WINDOW = -1
@@ -46,17 +46,23 @@ IGNORED = {"position_ids", "use_cache", "cache_position", "segments", "output_ro
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RoutedExperts:
-    """A feed-forward block that is a router and experts, and nothing else.
+    """A feed-forward block that is a router and experts, and no more than a shared expert besides.
 
     Attributes:
         experts: The experts.
         router: The router's module.
         forward: Its `forward`.
+        shared: An expert whose output is added to theirs; None for none.
     """
 
     experts: VirtualExperts
     router: nn.Module
     forward: RouterForward
+    shared: SharedModules | None
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules that a call computes."""
+        return [self.router, self.experts, *(self.shared.all if self.shared else ())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,7 +166,9 @@ class LayerForward:
         self.together: LayersBefore | None = None
         self.place = 0
         self._weights: tuple[int, ...] = ()
-        owners = module, parts.attention, parts.feed_forward
+        owners = [module, parts.attention, parts.feed_forward]
+        if self._routed is not None and self._routed.shared is not None:
+            owners.append(self._routed.shared.mlp)
         self._children = [one._modules for one in owners]
         self._hooks_of_replaced = [
             hooks
@@ -226,19 +234,29 @@ class LayerForward:
         if routed is not None and made.routing is not None:
             state = routed.experts.state
             state.logits_TE, state.prefilling = made.logits_TE, x.shape[1] > 1
-            return routed.experts.compute(made.normed_TD, made.routing)
+            output_TD = routed.experts.compute(made.normed_TD, made.routing)
+            shared = self.shared_kernel(routed)
+            return output_TD if shared is None else shared.add(made.normed_TD, output_TD)
         output = self.parts.feed_forward(made.normed_TD.view(x.shape))
         output = output[0] if isinstance(output, tuple) else output
         return output.reshape(made.sum_TD.shape)
 
     def usable_routed(self) -> RoutedExperts | None:
-        """Return the router and the experts, unless there are hooks of others on them."""
-        return self._routed if self._hooks == self._hooks_in_use() else None
+        """Return the router and the experts, unless others put hooks or weights in them."""
+        routed = self._routed
+        if routed is None or self._hooks != self._hooks_in_use():
+            return None
+        has_shared = routed.shared is None or self.shared_kernel(routed) is not None
+        return routed if has_shared else None
+
+    def shared_kernel(self, routed: RoutedExperts) -> SharedExpertKernel | None:
+        """Return the shared expert beside routed ones as one call; None if there is none."""
+        return None if routed.shared is None else routed.shared.kernel(self._dtype)
 
     def _hooks_in_use(self) -> tuple[int, ...]:
         """Return the numbers of the hooks of the feed-forward block, its router and its experts."""
         routed = self._routed
-        modules = () if routed is None else (self.parts.feed_forward, routed.router, routed.experts)
+        modules = () if routed is None else (self.parts.feed_forward, *routed.modules())
         return tuple(
             [key for one in modules for key in (*one._forward_hooks, *one._forward_pre_hooks)]
         )
@@ -308,7 +326,7 @@ class LayerForward:
         kernel, compiled = self._kernel, kernels()
         if compiled is None:
             return None
-        weights = tuple([address for one in self.parts.replaced for address in _addresses(one)])
+        weights = tuple([address for one in self.parts.replaced for address in addresses_of(one)])
         if kernel is None or kernel.cosines != cosines or self._weights != weights:
             block = block_of(self._module, self.parts, self._options, cosines)
             if block is None or not block.supported(self._dtype, cosines):
@@ -361,13 +379,6 @@ def _are_angles(cos: Tensor, sin: Tensor, tokens: int, dtype: torch.dtype) -> bo
         and cos.is_contiguous()
         and sin.is_contiguous()
     )
-
-
-def _addresses(module: nn.Module) -> list[int]:
-    """Return the addresses of a module's weights: others if they are replaced or moved."""
-    if isinstance(module, GroupedLinear):
-        return [id(module.kernel_matrix)]
-    return [one.data_ptr() for one in module._parameters.values() if one is not None]
 
 
 def own_rows(keys_1GLC: Tensor, values_1GLZ: Tensor, window: int | None) -> CacheRows | None:
@@ -423,7 +434,13 @@ def _routed(feed_forward: nn.Module) -> RoutedExperts | None:
     if len(experts) != 1 or len(routers) != 1:
         return None
     (router,) = routers
-    return RoutedExperts(experts=experts[0], router=router, forward=vars(router)["forward"])
+    others = [one for one in children if one is not router and one is not experts[0]]
+    shared = shared_modules(others) if others else None
+    if others and shared is None:
+        return None
+    return RoutedExperts(
+        experts=experts[0], router=router, forward=vars(router)["forward"], shared=shared
+    )
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -435,16 +452,6 @@ def _is_attention(module: nn.Module) -> bool:
         and isinstance(getattr(module, "layer_idx", None), int)
         and isinstance(getattr(module, "head_dim", None), int)
     )
-
-
-def linear_of(module: nn.Module) -> Linear | None:
-    """Return a linear layer that kernels compute, or None for another module."""
-    if isinstance(module, GroupedLinear):
-        return Linear(weight=module.kernel_matrix, bias_O=module.float_bias)
-    if type(module) is nn.Linear and isinstance(weight := module.weight, KernelWeight):
-        bias = None if module.bias is None else module.bias.detach().float().contiguous()
-        return Linear(weight=weight.kernel_matrix(), bias_O=bias)
-    return None
 
 
 def block_of(

@@ -235,7 +235,7 @@ class LayerChain:
                 break
             if layer is not None and before is not None:
                 longer[at] = _Longer(layer, before, (layer.keys, layer.values))
-            calls.append(LayerCall(*ready, router, experts))
+            calls.append(LayerCall(*ready, router, experts, forward.shared_kernel(one)))
             routed.append(one)
             if forward.has_hooks():  # which may change the layer's output
                 break

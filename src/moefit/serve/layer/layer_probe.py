@@ -366,20 +366,37 @@ def _copy(cache: Tensor) -> Tensor:
 def _is_routed(routed: RoutedExperts, step: _Step) -> bool:
     """Return whether a feed-forward block is its router and its experts, and nothing else.
 
-    In the recorded step experts returned what they were given, so the block must return its input.
+    In the recorded step experts returned what they were given, so the block must return its input,
+    plus the output of its shared expert if it has one.
     """
     kernel = routed.forward.kernel()
-    if kernel is None or step.routed is None or step.feed is None or step.feed_operations:
+    if kernel is None or step.routed is None or step.feed is None:
         return False
     x_TD, chosen = step.routed
-    _, made = kernel(step.feed[0].view(x_TD.shape))
+    given_TD, returned_TD = (one.view(x_TD.shape) for one in step.feed)
+    _, made = kernel(given_TD)
     return (
-        torch.equal(x_TD, step.feed[0].view(x_TD.shape))
-        and torch.equal(step.feed[1], step.feed[0])
+        torch.equal(x_TD, given_TD)
+        and _returns(routed, x_TD, returned_TD, step.feed_operations)
         and made.weights_TK.dtype == chosen.weights_TK.dtype
         and torch.equal(made.ids_TK, chosen.ids_TK)
         and torch.equal(made.weights_TK, chosen.weights_TK)
     )
+
+
+def _returns(
+    routed: RoutedExperts, x_TD: Tensor, returned_TD: Tensor, operations: Sequence[str]
+) -> bool:
+    """Return whether a block returns x, plus its shared expert's output, and does no more.
+
+    Torch may only multiply the expert's hidden units, multiply it by its factor, and add.
+    """
+    if routed.shared is None:
+        return not operations and torch.equal(returned_TD, x_TD)
+    shared = routed.shared.kernel(x_TD.dtype)
+    if shared is None or list(operations) not in (["mul", "add"], ["mul", "mul", "add"]):
+        return False
+    return torch.equal(returned_TD, shared.add(x_TD, x_TD.clone()))
 
 
 def _agrees(forward: LayerForward, step: _Step) -> bool:

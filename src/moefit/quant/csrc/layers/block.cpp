@@ -19,11 +19,6 @@ void moefit_attention(int64_t level, const Attention *a, const Segment *segments
 void moefit_router(int64_t level, const Router *router, const void *x, int64_t kind, int64_t tokens, void *logits_TE,
                    void *weights_TK, int64_t *ids_TK);
 
-struct Linear {
-    Matrix matrix;
-    const float *bias;  // null: none
-};
-
 // Norms of queries and keys have the width of a head or of all heads; 0: there is none. `attention` has all but the
 // strides of queries, which are consecutive.
 struct Block {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "block.h"
+#include "shared.h"
 #include "../matrix.h"
 #include "../products.h"
 
@@ -22,12 +23,15 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
 void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const void *x_D, int64_t kind,
                   const void *weights_K, int64_t weights_kind, int64_t gated, int64_t activation, void *y_D,
                   float *energy_K);
+void moefit_add_shared(int64_t level, const SharedExpert *shared, const void *x, int64_t tokens, int64_t kind, void *y);
 
-// `experts` has an address for each expert of the router; null: it is not resident.
+// `experts` has an address for each expert of the router; null: it is not resident. `shared`: null, or an expert whose
+// output is added to theirs.
 struct DecoderLayer {
     const Block *block;
     const Router *router;
     const Expert *const *experts;
+    const SharedExpert *shared;
     int64_t gated, activation;
 };
 
@@ -45,10 +49,13 @@ struct LayerResults {
     void *sum_TD, *normed_TD;
 };
 
-// Part of the experts' outputs of one layer, unweighted: those of the experts that are marked in done_E.
+// Part of the experts' outputs of one layer, unweighted: those of the experts that are marked in done_E. shared_TD is
+// the output of its shared expert if has_shared is not 0.
 struct SomeRows {
     char *done_E;
     float *y_RD;
+    void *shared_TD;
+    int64_t *has_shared;
 };
 }
 
@@ -112,6 +119,14 @@ void add_rows(int64_t level, const DecoderLayer &layer, const LayerSizes &s, con
     write_rows(level, layer, s, x, tokens, ids, of, rows.y_RD);
 }
 
+// Compute the shared expert if its output is not there yet.
+void add_shared_rows(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
+                     const SomeRows &rows) {
+    if (*rows.has_shared || !layer.shared) return;
+    shared_output(level_of(level), *layer.shared, x, tokens, s.kind, rows.shared_TD);
+    *rows.has_shared = 1;
+}
+
 void add_shares(const Level &use, const LayerSizes &s, const char *x, int64_t tokens, const int64_t *ids,
                 const void *weights, float *shares_E) {
     std::vector<float> values(s.D), weight(tokens * s.K);
@@ -155,17 +170,23 @@ int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t first, 
         if (rows) {
             add_rows(level, layers[l], s, made.normed_TD, tokens, ids, *rows);
             sum_rows(s, rows->y_RD, tokens, weights, y.get());
-        } else
+            add_shared_rows(level, layers[l], s, made.normed_TD, tokens, *rows);
+            if (layers[l].shared) add_values(y.get(), rows->shared_TD, tokens * s.D, s.kind, y.get());
+        } else {
             experts_of(level, layers[l], s, made.normed_TD, tokens, ids, weights, y.get());
+            if (layers[l].shared) moefit_add_shared(level, layers[l].shared, made.normed_TD, tokens, s.kind, y.get());
+        }
         add_shares(level_of(level), s, (const char *)made.normed_TD, tokens, ids, weights, made.shares_LE + l * s.E);
         add_values(made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
     }
     return number;
 }
 
-// Compute the resident experts that layer l has chosen, after a call that ended there.
+// Compute the resident experts that layer l has chosen and its shared expert, after a call that ended there.
 void moefit_resident_rows(int64_t level, const DecoderLayer *layers, int64_t l, const LayerSizes *sizes, int64_t tokens,
                           const LayerResults *results, const SomeRows *rows) {
-    add_rows(level, layers[l], *sizes, results->normed_TD, tokens, results->ids_LTK + l * tokens * sizes->K, *rows);
+    const void *x = results->normed_TD;
+    add_rows(level, layers[l], *sizes, x, tokens, results->ids_LTK + l * tokens * sizes->K, *rows);
+    add_shared_rows(level, layers[l], *sizes, x, tokens, *rows);
 }
 }
