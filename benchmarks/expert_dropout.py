@@ -356,15 +356,13 @@ def _loss(model: Any, window_L: Tensor, limit: dict[str, Any]) -> float:
 def measured(subject: Subject, labels: dict[str, Any], share: float) -> dict[str, Any]:
     """One mode at one share of the experts of each layer, on a model loaded for it."""
     format_, mode = labels["format"], labels["mode"]
-    ids_T = torch.cat(subject.calibration)
-    context = len(ids_T) if mode == "fixed" else subject.context
     own = nullcontext() if format_ == "native" else subject.load(mode="exact")
-    settings = {"context": context, "precision": format_, **mode_settings(mode)}
+    settings = {"precision": format_, **mode_settings(mode)}
     with own as reference, subject.load(**settings) as served:
         counts = [max(1, round(share * one.num_experts)) for one in served.blocks.values()]
         served.set_memory(served.budget.total_for_slots(counts))
         if mode == "fixed":
-            _fix(served, ids_T)
+            _fix(served, subject)
         else:
             score_steps(served, as_text(subject.calibration[0]))  # warm
         scores = [
@@ -375,11 +373,13 @@ def measured(subject: Subject, labels: dict[str, Any], share: float) -> dict[str
     return {**summarised(scores), "nats": nats}
 
 
-def _fix(served: ServedModel, ids_T: Tensor) -> None:
+def _fix(served: ServedModel, subject: Subject) -> None:
     """Fix the residents: by the model's order, or by importance on other windows."""
     record_ = dropout_record(served.model.config)
     if record_ is None or not record_.resident_order:
-        fix_residents(served, "importance", calibration=Windows(ids_T[None]))
+        # In rows: one of all tokens would be longer than those that the model was trained on.
+        rows = [row_T for row_T in subject.calibration if len(row_T) == subject.context + 1]
+        fix_residents(served, "importance", calibration=Windows(torch.stack(rows)))
     else:
         served.set_mode("virtual", residency="fixed")
         served.hold_first_experts()

@@ -55,16 +55,17 @@ MODELS |= {
     f"small-{name}": {**one, "model": {**one["model"], **_SMALL}} for name, one in MODELS.items()
 }
 NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
+LATE = {**NESTED, "begin": 0.8}
 MIXED_BITS = {"formats": ["int2", "int3", "int4"], "begin": 0.8}
 # `begin` is where a recipe leaves the base: by default where expert dropout begins.
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
     "nested": {"expert_dropout": NESTED},
     "early": {"expert_dropout": {**NESTED, "begin": 0.3}},
-    # Three ways to a lower cost in full memory.
-    "late": {"expert_dropout": {**NESTED, "begin": 0.7}},
-    "light": {"expert_dropout": {**NESTED, "distillation_weight": 0.3}},
-    "fewer": {"expert_dropout": {**NESTED, "share": 0.375}},
+    # Ways to a lower cost in full memory.
+    "late": {"expert_dropout": LATE},
+    "light": {"expert_dropout": {**LATE, "distillation_weight": 0.3}},
+    "fewer": {"expert_dropout": {**LATE, "share": 0.375}},
     "local": {"loss": {"routing_locality": 0.5}, "begin": 0.5},
     "local-2": {"loss": {"routing_locality": 2.0}, "begin": 0.5},
     "budget": {"budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]}, "begin": 0.5},
