@@ -237,7 +237,9 @@ class EncodedTensor:
 def _are_sound(scales: Tensor) -> bool:
     """Return whether all scales are finite and none is zero."""
     if scales.dtype == torch.uint8:
-        return not bool((scales == 255).any())
+        return (
+            scales.numel() == 0 or int(scales.numpy().max()) != 255
+        )  # torch takes ten times as long
     return bool((scales.isfinite() & (scales != 0)).all())
 
 
