@@ -68,9 +68,9 @@ def meta_of(matrix: ScaledMatrix, stored: StoredCodes) -> Tensor:
     """Return the metadata [R, M, G] of rows, as int16."""
     kind, groups = matrix.stored, groups_of(matrix.cols)
     scales_RG = stored.scales_RG
-    if kind.scales == "e8m0" and not kind.zeros and stored.group == HALF:
-        if scales_RG.shape[1] == 2 * groups:  # they are stored just so
-            return scales_RG.contiguous().view(torch.int16)[:, None]
+    bytes_only = kind.scales == "e8m0" and not kind.zeros
+    if bytes_only and stored.group == HALF and scales_RG.shape[1] == 2 * groups:
+        return scales_RG.contiguous().view(torch.int16)[:, None]  # they are stored just so
     starts = torch.arange(groups)[:, None] * GROUP + torch.arange(2) * HALF
     # Behind the last column there is no group; its values are not used.
     index_GH = (starts // stored.group).clamp_max(stored.scales_RG.shape[1] - 1)
