@@ -20,7 +20,7 @@ from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.load import load_model
 
 pytestmark = compiled
-# Whether the router is part of the call: not where the block chooses.
+# Whether the router is part of the call.
 FAMILIES = {
     "olmoe": True,
     "mixtral": True,
@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen2_moe": True,
     "glm4_moe": True,
     "dots1": True,
-    "minimax_m2": False,
+    "minimax_m2": True,
     "gpt_oss": True,
 }
 OTHERS = ("granitemoe", "phimoe", "qwen3_next", "hunyuan_v1_moe")

@@ -281,3 +281,40 @@ def test_gradients_other_dtypes_and_copies() -> None:
             made.weight.data = torch.zeros(8, 16)
             assert made(x_TD)[2].tolist() == torch.zeros(3, 8).topk(2).indices.tolist()
             assert torch.equal(router(x_TD)[2], wanted[2])
+
+
+class GivenItsBias(nn.Module):
+    """A router that its block gives the bias of its choice, like MiniMax-M2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(8, 32, seed=3))
+        self.calls = 0
+
+    def forward(self, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.calls += 1
+        logits_TE = F.linear(x_TD, self.weight)
+        scores_TE = logits_TE.sigmoid()
+        ids_TK = (scores_TE + bias_E).topk(2).indices
+        weights_TK = scores_TE.gather(1, ids_TK)
+        return logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True), ids_TK
+
+
+@torch.inference_mode()
+def test_a_bias_that_a_block_gives_its_router() -> None:
+    """With another bias than that of the example, the router's own code computes."""
+    rule = ScoringRule(score="sigmoid", chosen="normalised", biased=True)
+    module, bias_E, x_TD = GivenItsBias(), normal(8, seed=4), normal(9, 32)
+    form = router_form(module, rule, bias_E, torch.float32)
+    assert form is not None and form.takes_bias
+    forward, module.calls = RouterForward(module, form), 0
+    made = forward(x_TD, bias_E.view(8))
+    assert not module.calls
+    for one, other in zip(made, module(x_TD, bias_E), strict=True):
+        torch.testing.assert_close(one, other)
+    for number, others in enumerate(((bias_E.clone(),), (-bias_E,), (bias_E.double(),)), start=2):
+        own = forward(x_TD, *others)
+        assert module.calls == number
+        assert torch.equal(own[2], (made[0].sigmoid() + others[0]).topk(2).indices)
+    with pytest.raises(TypeError):
+        forward(x_TD)

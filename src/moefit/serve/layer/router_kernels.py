@@ -48,6 +48,7 @@ class RouterForm:
         chosen: K.
         order: Positions of logits, weights and ids in the output.
         flattens: Whether tokens may also be given as [B, T, D], with the same output.
+        takes_bias: Whether the router is given the rule's bias beside tokens.
     """
 
     rule: ScoringRule
@@ -60,6 +61,18 @@ class RouterForm:
     chosen: int
     order: tuple[int, int, int]
     flattens: bool
+    takes_bias: bool = False
+
+    def takes(self, others: Sequence[object]) -> bool:
+        """Return whether what a router is given beside tokens is what it was recognised with."""
+        if not self.takes_bias or self.bias_E is None:
+            return not others
+        (bias,) = others if len(others) == 1 else (None,)
+        return (
+            isinstance(bias, Tensor)
+            and bias.data_ptr() == self.bias_E.data_ptr()
+            and (bias.dtype, bias.numel()) == (self.bias_E.dtype, self.bias_E.numel())
+        )
 
 
 class RouterForward:
@@ -79,7 +92,7 @@ class RouterForward:
         weight_ED = cast(Tensor, self._module._parameters["weight"])
         if (
             compiled is None
-            or others
+            or not form.takes(others)
             or named
             or not (x.dim() == 2 or (form.flattens and x.dim() == 3))
             or x.dtype != form.dtype
@@ -203,15 +216,17 @@ def router_form(
     # does not tell apart.
     x_TD *= 8.0 ** (1 - torch.arange(_TOKENS) % 5)[:, None]
     x_TD = x_TD.to(dtype)
-    try:
-        found = module(x_TD.clone())
-    except Exception:  # noqa: BLE001 - a router of other arguments
+    for others in ((), (bias_E,)):
+        if (found := _called(module, x_TD.clone(), *others)) is not None:
+            break
+    else:
         return None
     order = _order(found, len(weight_ED))
     if order is None:
         return None
     logits_TE, weights_TK, ids_TK = (found[at] for at in order)
-    flattens = _flattens(module, x_TD, logits_TE, order[0])
+    sequences = _called(module, x_TD.view(2, -1, x_TD.shape[-1]), *others)
+    flattens = sequences is not None and _same_logits(sequences[order[0]], logits_TE)
     for form in _forms(module, rule, bias_E, dtype):
         form = RouterForm(
             **form,
@@ -220,6 +235,7 @@ def router_form(
             chosen=ids_TK.shape[1],
             order=order,
             flattens=flattens,
+            takes_bias=bool(others),
         )
         if _agrees(form, module, x_TD, found):
             return form
@@ -242,19 +258,15 @@ def _order(found: object, num_experts: int) -> tuple[int, int, int] | None:
     return (wide[0], narrow[0], ids[0]) if len(wide) == len(narrow) == 1 else None
 
 
-def _flattens(module: nn.Module, x_TD: Tensor, logits_TE: Tensor, at: int) -> bool:
-    """Return whether a router gives the same for sequences as for their tokens in a row.
-
-    Args:
-        module: The router.
-        x_TD: Tokens, an even number.
-        logits_TE: Their logits.
-        at: Position of logits in its output.
-    """
+def _called(module: nn.Module, *given: Any) -> Any:
+    """Return what a router returns, or None if it takes other arguments."""
     try:
-        other_TE = module(x_TD.view(2, -1, x_TD.shape[-1]))[at]
-    except Exception:  # noqa: BLE001 - it takes no sequences
-        return False
+        return module(*given)
+    except Exception:  # noqa: BLE001 - any error in a family's code
+        return None
+
+
+def _same_logits(other_TE: Tensor, logits_TE: Tensor) -> bool:
     return other_TE.shape == logits_TE.shape and _close(other_TE, logits_TE)
 
 
@@ -287,7 +299,8 @@ def _agrees(form: RouterForm, module: nn.Module, x_TD: Tensor, found: Sequence[T
     """
     forward = RouterForward(module, form)
     own_logits, own_weights, own_ids = (found[at] for at in form.order)
-    logits = forward(x_TD)[form.order[0]]
+    given = (form.bias_E,) if form.takes_bias else ()
+    logits = forward(x_TD, *given)[form.order[0]]
     if not _close(logits, own_logits):
         return False
     routing, own = _sorted(forward.choose(own_logits)), _sorted(Routing(own_ids, own_weights))
