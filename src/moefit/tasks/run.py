@@ -72,10 +72,10 @@ def find_tasks(
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.5)
+            nearest = f"; the nearest is {near[0]!r}" if near else ""
             raise ConfigError(
-                f"lm-evaluation-harness has no task {name!r}; the nearest is {near[0]!r} "
-                "(`lm_eval ls tasks` lists all)"
+                f"lm-evaluation-harness has no task {name!r}{nearest} (`lm_eval ls tasks` lists all)"
             )
     try:
         manager.load(list(names))

@@ -54,22 +54,19 @@ def limit_context(
     """
 
     def check(_model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        maximum = limit()
+        if maximum is not None and (needed := _tokens_after_step(inputs, named)) > maximum:
+            raise ConfigError(
+                f"this step would hold {needed:,} tokens, but the memory budget reserves for "
+                f"{maximum:,}; load with context={needed} or more, or give shorter or fewer "
+                "sequences"
+            )
         longest, new = step_limit(), _tokens_of_step(inputs, named)
         if longest is not None and new > longest:
             raise ConfigError(
                 f"this step would compute {new:,} tokens at once, but the memory budget reserves "
                 f"for {longest:,}; load with step_tokens={new} or more, or compute the tokens in "
                 "parts, as generate does"
-            )
-        maximum = limit()
-        if maximum is None:
-            return
-        needed = _tokens_after_step(inputs, named)
-        if needed > maximum:
-            raise ConfigError(
-                f"this step would hold {needed:,} tokens, but the memory budget reserves for "
-                f"{maximum:,}; load with context={needed} or more, or give shorter or fewer "
-                "sequences"
             )
 
     return model.register_forward_pre_hook(check, with_kwargs=True)
