@@ -10,12 +10,14 @@ from tiny_served import saved, tiny
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from moefit.advise.serving import STEP_TOKENS
+from moefit.dsmoe.config import DsMoeConfig
 from moefit.engine.api import EngineSettings, Event, FinishedEvent, SamplingParams
 from moefit.engine.engine import Engine
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
+from moefit.serve.memory.activations import needs_whole_prompts
 from moefit.serve.memory.estimate import MIN_STEP_TOKENS, memory_budget
 
 CONTEXT, MIB = 1024, 1 << 20
@@ -108,6 +110,24 @@ def test_encoders_compute_their_text_at_once(tmp_path: Path) -> None:
     skeleton = build_skeleton(saved(SwitchTransformersForConditionalGeneration(config), tmp_path))
     budget = memory_budget(skeleton, LoadSettings(context=256, step_tokens=64))
     assert budget.step_tokens == 256
+
+
+def test_rules_over_a_batch_reserve_whole_prompts(tmp_path: Path) -> None:
+    config = DsMoeConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, inference_rule="threshold_top_k:0.3"
+    )
+    assert needs_whole_prompts(config)
+    config.inference_rule = "top_k:2"
+    assert not needs_whole_prompts(config)
+
+
+def test_generate_without_a_cache_or_with_short_prompts_is_as_before(folder: Path) -> None:
+    ids_BT = torch.arange(3, 23)[None]
+    with load_model(folder, settings(64, 8 << 30)) as served:
+        plain = served.model.generate(ids_BT, max_new_tokens=4, do_sample=False)
+        for how in ({}, {"use_cache": False}):
+            made = served.generate(ids_BT, max_new_tokens=4, do_sample=False, **how)
+            assert torch.equal(made, plain)
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5, True])

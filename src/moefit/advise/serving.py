@@ -36,7 +36,7 @@ QUANTISATION_NATS = {
     "int2": 0.102,
 }  # fmt: skip
 PRECISIONS = tuple(QUANTISATION_NATS)
-PROCESS = 366 << 20  # bytes of interpreter and libraries of a server without a model, on a CPU
+PROCESS = 374 << 20  # bytes of interpreter and libraries of a server without a model, on a CPU
 CONTEXT = 2048  # tokens of the KV cache, the default of `moefit serve`
 STEP_TOKENS = 144  # of one forward pass of `moefit serve`
 _TOKENIZER = 700  # bytes per token of the vocabulary

@@ -113,7 +113,9 @@ class Engine:
         self._runner, self._invariance = prepared(
             served, self.settings, context, self.max_model_len
         )
-        longest = self.settings.step_tokens if not self._runner.whole_prompts else context
+        longest = self.settings.step_tokens
+        if self._runner.whole_prompts:
+            longest = self.max_model_len + self.settings.logit_rows
         served.reserve_steps(min(longest, context))
         self._scheduler = Scheduler(
             Limits(

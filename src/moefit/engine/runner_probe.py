@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.dsmoe.config import DsMoeConfig
 from moefit.engine.api import EngineSettings
 from moefit.engine.invariance import Invariance, StepSizes, Uncovered, find_uncovered
 from moefit.engine.runners import Runner, RunnerInput, SeparateRunner, VarlenRunner
 from moefit.engine.varlen import register_varlen_attention
-from moefit.moe.routing import Rule
 from moefit.serve.hf.kv_cache import INT8_TOLERANCE
+from moefit.serve.memory.activations import needs_whole_prompts
 from moefit.serve.model import ServedModel
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def choose_runner(served: ServedModel, places: int, *, packed: bool = True) -> R
             if reason is None:
                 return runner
         _LOG.info("%s: requests are computed one at a time: %s", type(model).__name__, reason)
-        whole = bool(model.config.is_encoder_decoder) or _routes_by_batch(model.config)
+        whole = needs_whole_prompts(model.config)
         if not whole:
             tolerance = _tolerance(model.dtype, int8=served.int8_cache)
             separate = SeparateRunner(model, whole_prompts=False)
@@ -146,17 +145,12 @@ def _varlen_obstacle(config: Any) -> str | None:
     """Return why the configuration rules out variable-length batches, or None."""
     if config.is_encoder_decoder:
         return "it has an encoder"
-    if _routes_by_batch(config):
+    if needs_whole_prompts(config):
         return "its routing rule counts experts over all tokens of a batch"
     rope = _rope_types(config.get_text_config(decoder=True).to_dict().get("rope_parameters"))
     if changing := rope & {"dynamic", "longrope"}:
         return f"its position embeddings ({', '.join(changing)}) depend on the longest sequence"
     return None
-
-
-def _routes_by_batch(config: Any) -> bool:
-    rule = config.inference_rule if isinstance(config, DsMoeConfig) else "dense"
-    return Rule.parse(rule).kind == "threshold_top_k"
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -43,7 +43,7 @@ from moefit.serve.memory.estimate import (
     memory_budget,
     settled_bytes,
 )
-from moefit.serve.memory.release import return_freed_memory
+from moefit.serve.memory.release import drop_library_pages, return_freed_memory
 from moefit.serve.memory.tokenizer_size import TOKENIZER_CACHES
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore, open_packed
@@ -90,7 +90,7 @@ def load_model(
     budget.slots()  # raises for a budget below the minimum
     check_system_memory(budget, device)
     with ExitStack() as undo:
-        return_freed_memory()  # of importing libraries
+        drop_library_pages()  # those that only importing needs
         tokenizer = _tokenizer(skeleton.checkpoint.folder)
         budget = _with_tokenizer(budget, device, settings.helpers)
         parts = _load_parts(
@@ -167,6 +167,7 @@ def _with_tokenizer(budget: MemoryBudget, device: torch.device, helpers: int) ->
         BudgetTooSmallError: The minimum no longer fits.
     """
     return_freed_memory()
+    drop_library_pages()
     if device.type != "cpu" or not budget.tokenizer:
         return replace(budget, unused=0)
     grown = settled_bytes(device) + helpers - (budget.process - budget.slack)
@@ -213,6 +214,7 @@ def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> S
     encoding = partial(progress, "dense weights")
     model = load_dense_weights(skeleton, blocks, device, settings.dense_format(), encoding)
     return_freed_memory()
+    drop_library_pages()
     return ServedParts(
         folder=folder,
         stored=skeleton.stored(),

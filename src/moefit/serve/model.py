@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
@@ -127,20 +128,22 @@ class ServedModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the Hugging Face model does; prompts longer than a step in parts."""
-        limit, context = self._longest_step(), self._context()
-        if limit is not None and context is not None and limit < context:
-            kwargs.setdefault("prefill_chunk_size", self._prompt_part(limit, args, kwargs))
+        if (part := self._prompt_part(args, kwargs)) is not None:
+            kwargs.setdefault("prefill_chunk_size", part)
         return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
-    def _prompt_part(self, limit: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """Return the tokens of each sequence that a pass of at most `limit` tokens computes."""
-        given = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-        given = args[0] if args else given
-        config: Any = kwargs.get("generation_config") or self.model.generation_config
+    def _prompt_part(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+        """Return the tokens of a sequence to compute at once; None for all of the prompt."""
+        ids_BT = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        limit, config = self._longest_step(), kwargs.get("generation_config")
+        config = config or self.model.generation_config
+        cached = kwargs.get("use_cache", config.use_cache)
+        if limit is None or not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or not cached:
+            return None
         beams = kwargs.get("num_beams", config.num_beams) or 1
         returned = kwargs.get("num_return_sequences", config.num_return_sequences) or 1
-        sequences = 1 if given is None else len(given)
-        return max(1, limit // (sequences * max(beams, returned)))
+        part = limit // (len(ids_BT) * max(beams, returned))
+        return max(1, part) if ids_BT.shape[1] > part else None
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
         """Change the memory budget.

@@ -75,7 +75,8 @@ def find_tasks(
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.5)
             nearest = f"; the nearest is {near[0]!r}" if near else ""
             raise ConfigError(
-                f"lm-evaluation-harness has no task {name!r}{nearest} (`lm_eval ls tasks` lists all)"
+                f"lm-evaluation-harness has no task {name!r}{nearest} "
+                "(`lm_eval ls tasks` lists all)"
             )
     try:
         manager.load(list(names))

@@ -36,6 +36,15 @@ Swap:                  0 kB
 Rss:                   4 kB
 Anonymous:             0 kB
 Swap:                  0 kB
+b000-c000 r--p 00000000 fe:00 16 /data/model.safetensors
+Rss:                   4 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+c000-d000 r-xp 00000000 fe:00 17 /lib/unknown.so.6
+Rss:                   4 kB
+d000-e000 r-xp 00000000 fe:00 18 /usr/bin/python3.11
+Rss:                   4 kB
+Anonymous:             0 kB
 a000-b000 r--p 00000000 fe:00 15 /lib/swapped.so
 Rss:                   4 kB
 Anonymous:             0 kB
@@ -44,12 +53,12 @@ Swap:                  4 kB
 
 
 def test_only_copies_of_files_are_dropped(tmp_path: Path) -> None:
-    """Not relocated, writable, shared, anonymous or swapped pages, and none that is not there."""
+    """Not relocated, writable, shared, anonymous or swapped pages, and none of other files."""
     (tmp_path / "smaps").write_text(SMAPS)
     found = [
         (one.start, one.nbytes, one.resident) for one in droppable_mappings(tmp_path / "smaps")
     ]
-    assert found == [(0x1000, 0x2000, 8192), (0x8000, 0x2000, 4096)]
+    assert found == [(0x1000, 0x2000, 8192), (0x8000, 0x2000, 4096), (0xD000, 0x1000, 4096)]
 
 
 def test_systems_without_smaps_have_none(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def limit_context(
         if longest is not None and new > longest:
             raise ConfigError(
                 f"this step would compute {new:,} tokens at once, but the memory budget reserves "
-                f"for {longest:,}; load with step_tokens={new} or more, or compute the tokens in "
-                "parts, as generate does"
+                f"for {longest:,}; load with step_tokens={new} or more, or compute them in parts"
             )
 
     return model.register_forward_pre_hook(check, with_kwargs=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.moe.routing import Rule
 from moefit.quant.kv_int8 import bytes_per_row
 from moefit.serve.layer.expert_executor import MAX_ROWS
 
@@ -24,6 +25,15 @@ _SAMPLING = 64
 _LAYERS = ("total_num_hidden_layers", "num_decoder_layers", "num_hidden_layers")
 _LAYERS += ("decoder_layers", "num_layers")
 _HEADS = ("num_attention_heads", "num_heads", "decoder_attention_heads", "n_heads")
+
+
+def needs_whole_prompts(config: Any) -> bool:
+    """Return whether the configuration says that prompts cannot be computed in parts.
+
+    Encoders, and routing rules that count experts over all tokens of a batch.
+    """
+    rule = config.inference_rule if isinstance(config, DsMoeConfig) else "dense"
+    return bool(config.is_encoder_decoder) or Rule.parse(rule).kind == "threshold_top_k"
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:

@@ -54,6 +54,7 @@ from moefit.serve.memory.activations import (
     KERNEL_FIRST_USE,
     extra_logits_bytes,
     kv_bytes_per_token,
+    needs_whole_prompts,
     workspace_bytes,
 )
 from moefit.serve.memory.budget import (
@@ -360,8 +361,8 @@ def step_workspace(
 
 
 def step_tokens(config: Any, settings: LoadSettings, context: int) -> int:
-    """Return the tokens of the longest pass. An encoder's text is always computed at once."""
-    if settings.step_tokens is None or config.is_encoder_decoder:
+    """Return the tokens of the longest pass: the context where prompts are computed whole."""
+    if settings.step_tokens is None or needs_whole_prompts(config):
         return context
     return min(max(settings.step_tokens, MIN_STEP_TOKENS), context)
 

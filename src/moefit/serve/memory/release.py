@@ -1,8 +1,8 @@
 """Give memory back to the system: freed blocks of the heap, and pages of libraries not in use.
 
 Importing torch and transformers reads more than 100 MiB of their code that serving never runs
-again. These pages are copies of files: the system reads them anew when they are needed, so that
-dropping them is always safe.
+again. These pages are copies of files, which the system reads anew when they are needed. Only those
+of libraries are dropped, since nothing unmaps them and puts other memory at their addresses.
 """
 
 import ctypes
@@ -18,11 +18,12 @@ import torch
 from moefit.host import shared_process_bytes
 
 # What serving uses again after everything was dropped. Measured on generating, sampling, beams and
-# an engine's requests, one after the other: 37 to 46 MiB.
-LIBRARY_PAGES = 56 << 20
+# an engine's requests, one after the other: 37 to 58 MiB.
+LIBRARY_PAGES = 64 << 20
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 _SMAPS = Path("/proc/self/smaps")
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)\s*(.*)")
+_LIBRARY = re.compile(r"\.so($|[. ])|/python[0-9.]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class FileMapping:
 
 
 def droppable_mappings(smaps: Path = _SMAPS) -> Iterator[FileMapping]:
-    """Yield the mappings of files that nobody can write to and that hold no page of their own.
+    """Yield the mappings of libraries that cannot be written to and hold no page of their own.
 
     Relocated data of libraries are pages of their own, although they are write-protected later.
 
@@ -60,11 +61,13 @@ def droppable_mappings(smaps: Path = _SMAPS) -> Iterator[FileMapping]:
             if value.endswith(" kB"):
                 sizes[name] = int(value.split()[0]) * 1024
             continue
-        if mapping is not None and sizes.get("Rss") and not (sizes["Anonymous"] or sizes["Swap"]):
+        own = sizes.get("Anonymous", 1) or sizes.get("Swap", 0)
+        if mapping is not None and sizes.get("Rss") and not own:
             yield FileMapping(mapping[0], mapping[1] - mapping[0], sizes["Rss"])
-        start, end, permissions, inode = header.groups()
-        is_file = inode != "0" and permissions[1] == "-" and permissions[3] == "p"
-        mapping, sizes = (int(start, 16), int(end, 16)) if is_file else None, {}
+        start, end, permissions, inode, path = header.groups()
+        is_file = inode != "0" and _LIBRARY.search(path) is not None
+        is_copy = is_file and permissions[1] == "-" and permissions[3] == "p"
+        mapping, sizes = (int(start, 16), int(end, 16)) if is_copy else None, {}
 
 
 def droppable_bytes() -> int:
@@ -88,14 +91,13 @@ def drop_library_pages() -> int:
 
 
 def return_freed_memory() -> None:
-    """Return freed memory of the C heap and of torch's GPU cache, and unused pages of libraries.
+    """Return freed memory of the C heap and of torch's GPU cache to the system.
 
     Slots are mappings and return at once, but the heap retains other freed blocks of a few MiB,
     such as weights after they were encoded.
     """
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    drop_library_pages()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
