@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from levels import compiled
 from tiny_served import COMMON, saved, tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import moefit
 from moefit.engine.api import EngineSettings, SamplingParams
@@ -237,6 +239,43 @@ def test_other_vocabularies_are_refused(target, tmp_path) -> None:
         load_model(target, LoadSettings(draft=dense(tmp_path, vocab_size=64)))
     with pytest.raises(ConfigError, match="no tokenizer to compare"):
         moefit.load("reference", draft=tmp_path)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of 55 tokens, fewer than any model here has rows."""
+    file = str(folder / "tokenizer.json")
+    Tokenizer(WordLevel({f"t{i}": i for i in range(55)}, unk_token="t0")).save(file)
+    return folder
+
+
+ROWS = {
+    "more": (200, [greedy(12), SamplingParams(max_tokens=12, temperature=1.5, seed=3)]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_draft_model_with_other_rows_than_the_served_one(case: str, tmp_path) -> None:
+    """The tokenizers are equal: what each has beyond them is never shared, and ends no request."""
+    rows, sampling = ROWS[case]
+    folders = [tmp_path / name for name in ("target", "draft")]
+    target = with_tokenizer(saved(tiny("Olmoe", **LONGER), folders[0]))
+    draft = with_tokenizer(dense(folders[1], vocab_size=rows))
+    found = {}
+    with load_model(target, LoadSettings(context=CONTEXT, draft=draft)) as served:
+        served.model.generation_config.eos_token_id = None
+        for speculate in ("off", "draft"):
+            with running(served, speculate=speculate, prefix_cache="off") as engine:
+                engine.speculation.choose = everything
+                with paused(engine) as go:
+                    heard = [ask(engine, text(9), one) for one in sampling]
+                    go.set()
+                    found[speculate] = [result(one) for one in heard]
+                assert {one.end.reason for one in heard} == {"length"}
+                if speculate == "draft":
+                    assert engine.speculation_coverage.active
+                    drafter: Any = engine.speculation._drafter
+                    assert drafter._vocabulary == rows
+    assert found["draft"] == found["off"]
 
 
 def test_models_that_cannot_take_back_are_refused(target, tmp_path) -> None:

@@ -343,10 +343,12 @@ def drafted(tokens: Any, evidence: Any) -> Draft:
         (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(), evidence=3)), ""),
         (lambda _: {"unknown": Draft(tokens=(1, 2), evidence=3)}, ""),
         (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(7,) * 40, evidence=3)), ""),
+        (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(7, 999, 7), evidence=3)), ""),
+        (lambda wanted: dict.fromkeys(wanted, Draft(tokens=(-1, 7), evidence=3)), ""),
     ],
 )  # fmt: skip
 def test_a_failing_drafter_is_switched_off(olmoe, monkeypatch, returned, error) -> None:
-    """Drafts that cannot be used end no request; those that are too long are cut."""
+    """Drafts that cannot be used end no request; others are cut where they cannot."""
     with drafting(olmoe) as (engine, scripted):
         plain = [ask(engine, text(n), greedy(6)).wait().tokens for n in (5, 9)]
         asked: list[int] = []

@@ -10,6 +10,7 @@ where noted.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from time import monotonic
 
 from moefit.engine.invariance import Invariance
@@ -131,6 +132,7 @@ class Speculation:
     def __init__(self, served: ServedModel, drafter: Drafter | None, *, packed: bool):
         self._served, self._drafter, self._packed = served, drafter, packed
         self.choose: Callable[..., dict[str, int]] = choose_lengths
+        self._vocabulary: int = served.model.config.get_text_config(decoder=True).vocab_size
         self._computes = drafter is not None and drafter.computes
         priors = (COMPUTED_PRIOR, COMPUTED_PRIOR) if self._computes else ()
         self._acceptance = Acceptance(*priors)
@@ -212,7 +214,7 @@ class Speculation:
         try:
             if self._drafter.computes:
                 return self._computed(self._drafter, wanted, decoding, tokens)
-            self._drafts = _as_wanted(self._drafter.draft(wanted), wanted)
+            self._drafts = self._as_wanted(self._drafter.draft(wanted), wanted)
             known = {
                 name: (draft.evidence, len(draft.tokens)) for name, draft in self._drafts.items()
             }
@@ -251,9 +253,28 @@ class Speculation:
             return {}
         chosen = {name: (wanted[name][0], length) for name, length in lengths.items()}
         began = monotonic()
-        self._drafts = _as_wanted(drafter.draft(chosen), chosen)
+        self._drafts = self._as_wanted(drafter.draft(chosen), chosen)
         self._measure(monotonic() - began, [behind[name] or 0 for name in chosen])
         return {name: draft.tokens for name, draft in self._drafts.items()}
+
+    def _as_wanted(
+        self, drafts: Mapping[str, Draft], wanted: Mapping[str, tuple[Sequence[int], int]]
+    ) -> dict[str, Draft]:
+        """Return the drafts of these requests that are not empty, no longer than was asked for.
+
+        More tokens would be written beyond what the KV cache reserves for a request. They end
+        before the first id that the served model does not have: with the same tokenizer, a draft
+        model may have more rows.
+        """
+        found: dict[str, Draft] = {}
+        for name, (_, most) in wanted.items():
+            if name not in drafts:
+                continue
+            ids = map(int, drafts[name].tokens[:most])
+            tokens = tuple(takewhile(lambda token: 0 <= token < self._vocabulary, ids))
+            if tokens:
+                found[name] = replace(drafts[name], tokens=tokens)
+        return found
 
     def _is_read_in_time(self, unread: int, left: int) -> bool:
         """Return whether reading a request's text takes little of the time of its answer."""
@@ -381,20 +402,6 @@ class Speculation:
             self._seen = now
             self._times, self._drafting = StepTimes(growth_of(self._served)), DraftingTimes()
             self._reading = DraftingTimes()
-
-
-def _as_wanted(
-    drafts: Mapping[str, Draft], wanted: Mapping[str, tuple[Sequence[int], int]]
-) -> dict[str, Draft]:
-    """Return the drafts of these requests that are not empty, no longer than was asked for.
-
-    More tokens would be written beyond what the KV cache reserves for a request.
-    """
-    return {
-        name: replace(drafts[name], tokens=tokens)
-        for name, (_, most) in wanted.items()
-        if name in drafts and (tokens := tuple(map(int, drafts[name].tokens[:most])))
-    }
 
 
 def growth_of(served: ServedModel) -> StepGrowth:
