@@ -195,8 +195,8 @@ def test_probes_take_a_hundredth_of_the_time(target) -> None:
                 speculation._times.add(tokens, 0.01)
                 speculation._seconds += 0.01
 
-            def measure(_: float, unread: Sequence[int]) -> None:
-                assert speculation._probes
+            def measure(_: float, unread: Sequence[int], read: int) -> None:
+                assert speculation._probes and 0 < read <= DRAFT_STEP
                 probes.append(max(unread))
                 speculation._probed += 0.1
 

@@ -5,7 +5,7 @@ It changes no answer.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from moefit.engine.engine import Engine
 from moefit.engine.speculation.drafts import Draft
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.serve.config import LoadSettings
+from moefit.serve.hf.mtp import MtpLayer
 from moefit.serve.load import load_model
+from moefit.serve.memory.draft import DRAFT_STEP
 from tests.engine.speculation.test_speculation import everything, result
 from tests.engine.test_invariance import WIDER
 
@@ -164,6 +166,54 @@ def watch(engine: Engine, seen: list[tuple[list[int], Draft]]) -> None:
 
     engine.speculation.choose = choose
     drafter.draft = drafted
+
+
+@compiled
+def test_calls_of_the_layer_are_no_longer_than_memory_is_reserved_for(case, monkeypatch) -> None:
+    """Many waiting states are computed in several calls, with the same drafts, also sampled."""
+    served, reference, _ = case
+    asked = [text(n) for n in (20, 3, 17)]
+    answers: list[Any] = []
+    reads: list[int] = []
+    for longest in (999, 7):
+        sizes = sizes_of_calls(monkeypatch)
+        seen: list[tuple[list[int], Draft]] = []
+        with running(served, speculate="mtp", prefix_cache="off") as engine:
+            drafter, measure = cast(Any, engine.speculation._drafter), engine.speculation._measure
+            assert drafter._most == min(DRAFT_STEP, served.budget.step_tokens)
+            drafter._most = longest
+            watch(engine, seen)
+
+            def measured(*how: Any, measure: Any = measure) -> None:
+                reads.append(how[2] - sum(how[1]))
+                measure(*how)
+
+            engine.speculation._measure = measured
+            with paused(engine) as go:
+                pairs = zip(asked, SAMPLING, strict=True)
+                heard = [ask(engine, prompt, one) for prompt, one in pairs]
+                go.set()
+                answers.append([result(one) for one in heard])
+        assert (max(sizes) > 7) if longest > 7 else (max(sizes) == 7)
+        assert reads and not any(reads), "all that waits is computed, and measured as such"
+        answers.append(sorted((tokens, draft.tokens) for tokens, draft in seen))
+        for tokens, draft in seen:
+            if tokens[: len(asked[0])] == list(asked[0]):  # the greedy one
+                assert draft.tokens == reference.draft(tokens, len(draft.tokens))
+    assert answers[:2] == answers[2:]
+
+
+def sizes_of_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which each call of the layer adds its rows."""
+    sizes: list[int] = []
+    hidden = MtpLayer.hidden_1TD
+
+    def noted(self: MtpLayer, states_1TD: Tensor, *rest: Any, **how: Any) -> Tensor:
+        sizes.append(states_1TD.shape[1])
+        return hidden(self, states_1TD, *rest, **how)
+
+    monkeypatch.setattr(MtpLayer, "hidden_1TD", noted)
+    return sizes
 
 
 @compiled

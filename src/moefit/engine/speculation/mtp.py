@@ -9,8 +9,8 @@ which makes guesses worse and changes no answer.
 Shapes: T tokens, N requests, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from moefit.engine.varlen import Segment, VarlenCache, varlen_attention_enabled
 from moefit.errors import UnsupportedModelError
 from moefit.serve.hf.attention import WindowMask
 from moefit.serve.hf.mtp import MTP_TOKENS, MtpLayer
+from moefit.serve.memory.draft import DRAFT_STEP
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class _Rows:
         ids: The tokens after these.
         first: Position of the first state.
         past: Keys that it attends to besides its own.
+        last: Whether the request's next token is wanted: no more rows follow.
     """
 
     request: str
@@ -76,6 +78,7 @@ class _Rows:
     ids: Sequence[int]
     first: int
     past: int
+    last: bool = True
 
 
 class MtpDrafter:
@@ -84,6 +87,8 @@ class MtpDrafter:
     Args:
         runner: That computes the engine's steps.
         places: Tokens of all requests together.
+        longest: Tokens of the longest step that memory is reserved for; None for any. No call of
+            the layer has more rows, or more than `DRAFT_STEP`.
 
     Raises:
         UnsupportedModelError: Requests are computed one at a time.
@@ -92,13 +97,14 @@ class MtpDrafter:
     name = "the layer for multi-token prediction"
     computes = True
 
-    def __init__(self, runner: Runner, places: int):
+    def __init__(self, runner: Runner, places: int, longest: int | None = None):
         if not isinstance(runner, VarlenRunner):
             raise UnsupportedModelError(
                 f"requests of {type(runner.model).__name__} are computed one at a time, with "
                 "caches of their own, and nothing can be drafted for them; leave --speculate out"
             )
         self._model, self._layer = runner.model, MtpLayer(runner.model)
+        self._most = DRAFT_STEP if longest is None else min(longest, DRAFT_STEP)
         self._cache = VarlenCache(KvPool(places))
         self._cache.gather = runner.cache.gather
         self._seen_TD: Tensor | None = None
@@ -155,7 +161,7 @@ class MtpDrafter:
         }
         ends = {one.request: one.first + len(one.ids) for one in rows}
         while rows:
-            states, tokens = self._run(rows)
+            states, tokens = self._run_in_parts(rows)
             for name, token in tokens.items():
                 drafts[name].append(token)
             rows = [
@@ -194,8 +200,21 @@ class MtpDrafter:
         text.states_TD = None
         return rows
 
+    def _run_in_parts(self, rows: Sequence[_Rows]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return what `_run` does, with calls of the layer that memory is reserved for."""
+        states: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
+        for part in _parts(rows, self._most):
+            more_states, more_tokens = self._run(part)
+            states |= more_states
+            tokens |= more_tokens
+        return states, tokens
+
     def _run(self, rows: Sequence[_Rows]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return the last output [1, D] of each request, and the token that it predicts."""
+        """Return the last output [1, D] of requests, and the token that it predicts.
+
+        Of requests of which more rows follow, nothing: their choosers must draw only once.
+        """
         places, device = self._cache.pool.places, self._model.device
         segments = [
             Segment(start=places.start(one.request), past=one.past, new=len(one.ids))
@@ -213,12 +232,42 @@ class MtpDrafter:
                 past_key_values=self._cache,
                 segments=plan,
             )
-        ends = torch.tensor([len(one.ids) for one in rows]).cumsum(0) - 1
+        names = [one.request for one in rows if one.last]
+        if not names:
+            return {}, {}
+        whole = torch.tensor([one.last for one in rows])
+        ends = (torch.tensor([len(one.ids) for one in rows]).cumsum(0) - 1)[whole]
         last_ND = output_1TD[0, ends.to(device)]
-        names = [one.request for one in rows]
         states = dict(zip(names, last_ND.split(1), strict=True))
         return states, next_tokens(names, self._layer.logits(last_ND), self._choosers)
 
     def _see(self, states: Tensor) -> None:
         """Hold the hidden states of a forward pass, until `computed` divides them."""
         self._seen_TD = states.flatten(0, 1)
+
+
+def _parts(rows: Sequence[_Rows], most: int) -> Iterator[list[_Rows]]:
+    """Yield rows of requests in order, with at most this many states in each list."""
+    part: list[_Rows] = []
+    left = most
+    for one in rows:
+        begin = 0
+        while begin < len(one.ids):
+            end = min(begin + left, len(one.ids))
+            part.append(
+                replace(
+                    one,
+                    states_TD=one.states_TD[begin:end],
+                    ids=one.ids[begin:end],
+                    first=one.first + begin,
+                    past=one.past + begin,
+                    last=end == len(one.ids),
+                )
+            )
+            left -= end - begin
+            begin = end
+            if not left:
+                yield part
+                part, left = [], most
+    if part:
+        yield part

@@ -41,7 +41,6 @@ from moefit.serve.config import Policy
 from moefit.serve.hf.mtp import has_mtp
 from moefit.serve.memory.activations import experts_per_token
 from moefit.serve.memory.budget import MemoryBudget
-from moefit.serve.memory.draft import DRAFT_STEP
 from moefit.serve.model import ServedModel
 
 PROBE_STEPS = 64  # steps without drafts after which one tries a few, to measure it
@@ -79,7 +78,7 @@ def drafter_of(
                 "speculate='mtp' needs the layer for multi-token prediction, and the model was "
                 "loaded without; give mtp=True to moefit.load, or use speculate='ngram'"
             )
-        return MtpDrafter(runner, places)
+        return MtpDrafter(runner, places, served.budget.step_tokens)
     if served.draft is None:
         raise ConfigError(
             "speculate='draft' needs a draft model, and the model was loaded without; give one to "
@@ -254,7 +253,9 @@ class Speculation:
         chosen = {name: (wanted[name][0], length) for name, length in lengths.items()}
         began = monotonic()
         self._drafts = self._as_wanted(drafter.draft(chosen), chosen)
-        self._measure(monotonic() - began, [behind[name] or 0 for name in chosen])
+        seconds, unread = monotonic() - began, [behind[name] or 0 for name in chosen]
+        left_unread = [drafter.behind(name, len(text)) or 0 for name, (text, _) in chosen.items()]
+        self._measure(seconds, unread, sum(unread) - sum(left_unread))
         return {name: draft.tokens for name, draft in self._drafts.items()}
 
     def _as_wanted(
@@ -283,11 +284,18 @@ class Speculation:
             return True
         return self._reading.seconds(unread) <= _READ_SHARE * left * step
 
-    def _measure(self, seconds: float, unread: Sequence[int]) -> None:
-        """Record how long drafting took, or reading."""
+    def _measure(self, seconds: float, unread: Sequence[int], read: int) -> None:
+        """Record how long drafting took, or reading.
+
+        Args:
+            seconds: Of the call.
+            unread: Tokens of each request that it had not read before.
+            read: How many of them it has now: a draft model reads some in each call, the layer for
+                multi-token prediction all.
+        """
         longest = max((len(one.tokens) for one in self._drafts.values()), default=0)
         if max(unread) > _READ_MEASURED:
-            self._reading.add(min(sum(unread), DRAFT_STEP), seconds)
+            self._reading.add(max(read, 1), seconds)
         elif longest:
             self._drafting.add(longest, seconds)
         if self._probes:
