@@ -118,6 +118,15 @@ def test_generate_with_drafts_prints_the_same(saved):
         run(*command[:2], "", "--speculate", "ngram")
 
 
+@pytest.mark.parametrize("how", [("--plan", "x"), ("--max-loss", "3%"), ("--min-speed", "5")])
+def test_plans_without_memory_for_the_mtp_layer_are_refused_before_planning(
+    saved, monkeypatch, how
+):
+    monkeypatch.setattr("moefit.cli.loading.plan_for", lambda *_: pytest.fail("it planned"))
+    with pytest.raises(ConfigError, match=r"--speculate mtp: .* use --speculate ngram or draft"):
+        run("generate", saved, "some", "--memory", "1GiB", "--speculate", "mtp", *how)
+
+
 def test_generate_reserves_what_drafting_takes(saved, monkeypatch):
     """Logits of drafts and the index of the text, but no KV cache of other sequences."""
     given = {}

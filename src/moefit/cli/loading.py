@@ -94,6 +94,12 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         precision=None if options.experts == NATIVE_PRECISION else options.experts,
         **{"dense-precision": dense},
     )
+    if settings.get("mtp"):
+        raise ConfigError(
+            "--speculate mtp: a plan has no memory for the experts of the layer for multi-token "
+            "prediction; with --plan, --max-loss or --min-speed, use --speculate ngram or "
+            "draft:MODEL"
+        )
     with status("planning"):
         drafts = settings.get("draft_rows", 0)
         rows = settings["sequences"] + drafts if "sequences" in settings else None
