@@ -34,18 +34,40 @@ class _Yaml(yaml.SafeLoader):
     In YAML 1.1 such numbers would be text, and of equal fields the last one would count.
     """
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """Return a mapping. Raises RepeatedFieldError for a field that occurs twice."""
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            name = (key.tag, key.value)
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-                continue
-            line = key.start_mark.line + 1
-            if name in lines:
-                raise RepeatedFieldError(key.value, (lines[name], line))
-            lines[name] = line
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> Any:
+        """Return the node of the text. Raises RepeatedFieldError for a field that occurs twice.
+
+        Fields are compared as written: constructing adds those of merged mappings to nodes.
+        """
+        node = super().get_single_node()
+        _check_fields(node)
+        return node
+
+
+def _check_fields(root: Any) -> None:
+    """Raise RepeatedFieldError for a field that occurs twice in a mapping, in each node once."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            _check_mapping(node)
+            waiting += [one for pair in reversed(node.value) for one in reversed(pair)]
+        else:
+            waiting += reversed(node.value)
+
+
+def _check_mapping(node: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+            continue
+        name, line = (key.tag, key.value), key.start_mark.line + 1
+        if name in lines:
+            raise RepeatedFieldError(key.value, (lines[name], line))
+        lines[name] = line
 
 
 _Yaml.add_implicit_resolver(

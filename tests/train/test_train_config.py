@@ -151,6 +151,9 @@ def test_oversized_yaml_raises(tmp_path, text):
 def test_small_aliases_are_accepted() -> None:
     text = "a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}\nf: &f 3\ng: *f"
     assert load_yaml(text) == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}, "f": 3, "g": 3}
+    nested = "base: &b {x: 1}\ndeep:\n  inner: &a\n    <<: *b\n    x: 2\ntop:\n  <<: *a\n"
+    merged = {"base": {"x": 1}, "deep": {"inner": {"x": 2}}, "top": {"x": 2}}
+    assert load_yaml(nested) == merged, "a merged field is no repeated one, however it is nested"
 
 
 @pytest.mark.parametrize(
