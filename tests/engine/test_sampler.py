@@ -357,5 +357,17 @@ def test_foreseen_choices_are_those_that_follow(sampling) -> None:
         assert sampler.choose(rows_NV[place])[0] == wanted[place]
 
 
+def test_rows_of_fewer_tokens_are_foreseen_too() -> None:
+    """A draft model's, without the last ids: biases and penalties of these are left out."""
+    params = SamplingParams(
+        max_tokens=2, temperature=0.0, logit_bias=((25, 50.0), (7, 9.0)), presence_penalty=1.0
+    )
+    sampler = Sampler(params)
+    assert sampler.choose(torch.zeros(30))[0] == 25
+    foreseen = sampler.foreseen()
+    assert foreseen is not None
+    assert [foreseen(torch.zeros(20)), foreseen(torch.zeros(30))] == [7, 25]
+
+
 def test_nothing_is_foreseen_where_the_likeliest_token_is_chosen() -> None:
     assert Sampler(SamplingParams(max_tokens=1, temperature=0.0, logprobs=1)).foreseen() is None

@@ -234,9 +234,13 @@ class Sampler:
 
 
 def _add_at(scores_V: Tensor, ids: Iterable[int], values: Tensor) -> Tensor:
-    """Return scores with values added at these token ids."""
-    place = torch.tensor(list(ids), device=scores_V.device)
-    return scores_V.index_add(0, place, values.to(scores_V))
+    """Return scores with values added at these token ids, of those that have one.
+
+    An embedding may have more rows than the head, and the served model more than a draft model.
+    """
+    place, values = torch.tensor(list(ids), device=scores_V.device), values.to(scores_V)
+    known = place < len(scores_V)
+    return scores_V.index_add(0, place[known], values[known])
 
 
 Choice = tuple[int, TokenLogprob | None]

@@ -241,6 +241,33 @@ def test_other_vocabularies_are_refused(target, tmp_path) -> None:
         moefit.load("reference", draft=tmp_path)
 
 
+def test_a_chooser_that_fails_leaves_out_its_request_only(target) -> None:
+    """At the first token or at a later one; the tokens before that are kept."""
+
+    def failing(after: int) -> Any:
+        left = iter(range(after))
+
+        def choose(logits_V: torch.Tensor) -> int:
+            if next(left, None) is None:
+                raise FloatingPointError
+            return int(logits_V.argmax())
+
+        return choose
+
+    with load_model(target, LoadSettings(context=CONTEXT)) as served:
+        drafter = ModelDrafter(served, CONTEXT)
+        for name, after in (("a", 0), ("b", 2), ("c", 9)):
+            about = DraftedRequest(tokens=40, foreseen=lambda after=after: failing(after))
+            drafter.open(name, about)
+        found = drafted(drafter, a=(text(5), 4), b=(text(7), 4), c=(text(9), 4))
+        assert found == {
+            "b": continued(served, text(7), 2),
+            "c": continued(served, text(9), 4),
+        }
+        again = drafted(drafter, c=([*text(9), *found["c"]], 3))
+        assert again["c"] == continued(served, [*text(9), *found["c"]], 3)
+
+
 def with_tokenizer(folder: Path) -> Path:
     """Save a tokenizer of 55 tokens, fewer than any model here has rows."""
     file = str(folder / "tokenizer.json")
@@ -250,6 +277,7 @@ def with_tokenizer(folder: Path) -> Path:
 
 ROWS = {
     "more": (200, [greedy(12), SamplingParams(max_tokens=12, temperature=1.5, seed=3)]),
+    "fewer": (55, [greedy(12, logit_bias=((58, -50.0), (7, 1.0))), greedy(12)]),
 }
 
 

@@ -9,6 +9,7 @@ drafts nothing until it has caught up.
 Shapes: N requests, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,8 @@ from moefit.engine.speculation.drafts import (
 from moefit.errors import UnsupportedModelError
 from moefit.serve.memory.draft import DRAFT_STEP
 from moefit.serve.model import ServedModel
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -115,8 +118,13 @@ class ModelDrafter:
         drafts = self._read({name: tokens for name, (tokens, most) in wanted.items() if most})
         longest = max((wanted[name][1] for name in drafts), default=0)
         for place in range(1, longest):
-            going_on = [name for name in drafts if wanted[name][1] > place]
-            self._append(drafts, going_on)
+            going_on = [
+                name
+                for name, tokens in drafts.items()
+                if wanted[name][1] > place and len(tokens) == place  # fewer: its chooser failed
+            ]
+            if going_on:
+                self._append(drafts, going_on)
         return {
             name: Draft(tokens=tuple(tokens), evidence=COMPUTED_EVIDENCE)
             for name, tokens in drafts.items()
@@ -179,13 +187,18 @@ def next_tokens(
 ) -> dict[str, int]:
     """Return a token for each request: what its chooser says, else the likeliest.
 
+    A request whose chooser fails has none, and the others are not affected.
+
     Args:
         requests: Their ids.
         logits_NV: A row for each.
         choosers: By request, where there are any.
     """
+    found: dict[str, int] = {}
     likeliest = logits_NV.argmax(-1).tolist()
-    return {
-        name: choosers[name](logits_V) if name in choosers else token
-        for name, token, logits_V in zip(requests, likeliest, logits_NV, strict=True)
-    }
+    for name, token, logits_V in zip(requests, likeliest, logits_NV, strict=True):
+        try:
+            found[name] = choosers[name](logits_V) if name in choosers else token
+        except Exception as error:  # noqa: BLE001 - of one request, for which nothing is drafted
+            _LOG.debug("no token is drafted for %s", name, exc_info=error)
+    return found

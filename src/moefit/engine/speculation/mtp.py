@@ -173,7 +173,7 @@ class MtpDrafter:
                     past=one.past + len(one.ids),
                 )
                 for one in rows
-                if len(drafts[one.request]) < wanted[one.request][1]
+                if one.request in tokens and len(drafts[one.request]) < wanted[one.request][1]
             ]
         return {
             name: Draft(tokens=tuple(tokens), evidence=COMPUTED_EVIDENCE)
