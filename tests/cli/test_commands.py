@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from moefit.errors import (
     UnsupportedModelError,
 )
 from moefit.quant.cpu_kernels import status
+from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.precision.allocate import AUTO_FORMATS
 from moefit.train.data.tokenizer import train_bpe
 
@@ -125,6 +127,20 @@ def test_plans_without_memory_for_the_mtp_layer_are_refused_before_planning(
     monkeypatch.setattr("moefit.cli.loading.plan_for", lambda *_: pytest.fail("it planned"))
     with pytest.raises(ConfigError, match=r"--speculate mtp: .* use --speculate ngram or draft"):
         run("generate", saved, "some", "--memory", "1GiB", "--speculate", "mtp", *how)
+
+
+def test_plans_count_a_draft_model_in_the_dtype_of_the_served_one(saved, monkeypatch):
+    given = []
+
+    def draft_bytes(settings: object, _: int) -> int:
+        given.append(settings)
+        raise MoefitError("enough")
+
+    monkeypatch.setattr("moefit.cli.loading.draft_bytes", draft_bytes)
+    how = ("--memory", "1GiB", "--max-loss", "3%", "--speculate", f"draft:{saved}")
+    with pytest.raises(MoefitError, match="enough"):
+        run("generate", saved, "some", *how)
+    assert given[0].dtype == build_skeleton(Path(saved)).dtype
 
 
 def test_generate_reserves_what_drafting_takes(saved, monkeypatch):

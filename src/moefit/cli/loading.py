@@ -32,7 +32,7 @@ from moefit.plan.plan_file import Plan
 from moefit.quant.backend import backend_status
 from moefit.serve.config import NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.generation_config import HUB_CODE, GenerationDefaults
-from moefit.serve.hf.skeleton import Skeleton
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.load import Progress
 from moefit.serve.memory.activations import KERNEL_FIRST_USE
@@ -103,7 +103,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     with status("planning"):
         drafts = settings.get("draft_rows", 0)
         rows = settings["sequences"] + drafts if "sequences" in settings else None
-        helpers = settings.get("helpers", 0) + _planned_draft(options, settings)
+        helpers = settings.get("helpers", 0) + _planned_draft(model, options, settings)
         plan = plan_for(model, options, rows, helpers)
     say(f"plan: {in_a_line(plan)}")
     device = {
@@ -125,7 +125,7 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
     return served, plan
 
 
-def _planned_draft(options: ServingOptions, settings: Mapping[str, Any]) -> int:
+def _planned_draft(model: str, options: ServingOptions, settings: Mapping[str, Any]) -> int:
     """Return the bytes of the draft model, which planning knows nothing of."""
     if settings.get("draft") is None:
         return 0
@@ -133,6 +133,7 @@ def _planned_draft(options: ServingOptions, settings: Mapping[str, Any]) -> int:
         draft=settings["draft"],
         device=options.device,
         context=options.context,
+        dtype=build_skeleton(folder_of(model)).dtype,  # of the plan, and then of the draft model
         sequences=settings["sequences"],
     )
     return draft_bytes(own, KERNEL_FIRST_USE)
