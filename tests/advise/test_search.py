@@ -88,7 +88,7 @@ def test_example_of_a_laptop(answer: Advice) -> None:
     assert chosen.speed >= 10
     assert chosen.shape.training_flops(chosen.tokens) == pytest.approx(1e21)
     assert chosen.shape.experts == 32
-    assert answer.limited_by.startswith("the memory: the next larger one takes 13")
+    assert answer.limited_by.startswith("the memory: the next larger one takes 12.")
     assert [one.shape.experts for one in answer.by_experts] == [1, 2, 4, 8, 16, 32]
     assert answer.front[-1].loss == chosen.loss
     assert any("total parameters" in one for one in answer.warnings)
@@ -145,12 +145,12 @@ def test_granularity_is_recommended_by_a_law_that_has_it() -> None:
     )
     found = best_quality(question)
     shape = found.shape
-    assert shape.granularity == 4  # of 8 or 16, a DS-MoE's workspace leaves less for experts
-    assert shape.num_experts == 64 * 4
-    assert shape.top_k == 4
+    assert shape.granularity == 16
+    assert shape.num_experts == 64 * 16
+    assert shape.top_k == 16
     settings = make_config(train_config(found)).model.settings
-    assert settings["training_rule"] == "top_k:4"
-    assert settings["intermediate_size"] == 3 * shape.width // 4
+    assert settings["training_rule"] == "top_k:16"
+    assert settings["intermediate_size"] == 3 * shape.width // 16
 
 
 def test_tokens_may_run_out() -> None:

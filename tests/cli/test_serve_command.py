@@ -39,7 +39,7 @@ def given(monkeypatch) -> list[tuple[Any, ...]]:
 def test_serve_defaults(given) -> None:
     assert RUNNER.invoke(app, ["serve"]).exit_code == 0
     ((model, options, engine, settings, follow, following, warm),) = given
-    assert following == "auto" and not follow.follows and warm is None
+    assert following["generation_config"] == "auto" and not follow.follows and warm is None
     assert options.prefetch == "off"
     assert (model, options.memory, options.context) == ("reference", None, 2048)
     assert (engine.max_concurrency, engine.max_model_len) == (16, None)
@@ -134,7 +134,7 @@ def test_precedence_of_flag_variable_and_file(given, tmp_path: Path) -> None:
     done = RUNNER.invoke(app, ["serve", "--config", str(file), "--port", "3"], env=environment)
     assert done.exit_code == 0, done.output
     ((model, options, engine, settings, _, following, warm),) = given
-    assert following == "none" and warm is False
+    assert following["generation_config"] == "none" and warm is False
     assert (settings.port, options.memory, settings.api_key) == (3, "2GiB", "variable")
     assert (model, engine.max_concurrency, options.mode) == ("from-file", 3, "virtual")
     assert engine.deterministic
@@ -159,7 +159,7 @@ def test_every_option_has_environment_variable(given) -> None:
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
     ((_, options, engine, settings, _, following, warm),) = given
-    assert following == "none" and warm is False
+    assert following["generation_config"] == "none" and warm is False
     assert (options.memory, options.host_memory, options.mode) == ("3GiB", "1GiB", "bounded")
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
     assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")

@@ -156,7 +156,7 @@ def plan_model(
             process=process_bytes,
             dense_formats=_dense_formats(dense_precision or rest),
             kv_cache=kv_cache.value,
-            **shared_steps(max_concurrency),
+            **{k: v for k, v in shared_steps(max_concurrency).items() if k != "step_tokens"},
         ),
         lengths=_lengths(known, source_tokens, target_tokens),
     )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from moefit.host import shared_process_bytes
 # What serving uses again after everything was dropped. Measured on generating, sampling, beams and
 # an engine's requests, one after the other: 37 to 58 MiB.
 LIBRARY_PAGES = 64 << 20
+_STEP = 2 << 20  # changes of the process below this do not count
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 _SMAPS = Path("/proc/self/smaps")
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)\s*(.*)")
@@ -71,7 +72,16 @@ def droppable_mappings(smaps: Path = _SMAPS) -> Iterator[FileMapping]:
 
 
 def droppable_bytes() -> int:
-    """Return the bytes that `drop_library_pages` would give back now."""
+    """Return the bytes that `drop_library_pages` would give back now, to a few MiB.
+
+    Planning asks for hundreds of estimates, and reading smaps takes a tenth of a second.
+    """
+    return _droppable_with(shared_process_bytes() // _STEP)
+
+
+@lru_cache(maxsize=8)
+def _droppable_with(_shared: int) -> int:
+    """Return the same for a process with this many steps of pages of files."""
     return sum(one.resident for one in droppable_mappings())
 
 
