@@ -33,6 +33,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from moefit.evaluate.loading import locate
 
 START: dict[str, Any] = {"decoder_start_token_id": 0}
+WIDE_HEADS: dict[str, Any] = {"head_dim": 128}
 SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     # google/switch-base-64: 12 of 24 layers sparse, 64 experts of 768 x 3072
     "switch-base-64": (
@@ -69,7 +70,7 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     # Qwen/Qwen3-30B-A3B: 48 layers, 128 experts of 2048 x 768, 8 per token
     "qwen3-30b-a3b": (
         Qwen3MoeConfig(
-            hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, head_dim=128,
+            hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, **WIDE_HEADS,
             num_key_value_heads=4, moe_intermediate_size=768, intermediate_size=6144,
             num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, vocab_size=151936,
             max_position_embeddings=40960,
