@@ -19,6 +19,21 @@ from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
 
 
+@contextmanager
+def own_modules(model: nn.Module) -> Iterator[None]:
+    """Compute layers by the family's own modules within the block."""
+    kept = {
+        module: vars(module).pop("forward")
+        for module in model.modules()
+        if isinstance(vars(module).get("forward"), LayerForward)
+    }
+    try:
+        yield
+    finally:
+        for module, forward in kept.items():
+            vars(module)["forward"] = forward
+
+
 def layers_of(model: nn.Module) -> list[LayerForward]:
     found = (vars(module).get("forward") for module in model.modules())
     return [one for one in found if isinstance(one, LayerForward)]

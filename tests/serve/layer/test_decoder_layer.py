@@ -8,14 +8,23 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled
-from served_layers import begun, counts, decoded, in_a_crowd, layers_of, nothing, served
+from served_layers import (
+    begun,
+    counts,
+    decoded,
+    in_a_crowd,
+    layers_of,
+    nothing,
+    own_modules,
+    served,
+)
 from tiny_served import saved, tiny, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from moefit.cache_argument import forward_with_cache
 from moefit.serve.config import LoadSettings
-from moefit.serve.layer.decoder_layer import MOST_TOKENS, LayerForward
+from moefit.serve.layer.decoder_layer import MOST_TOKENS
 from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.load import load_model
 
@@ -32,21 +41,6 @@ FAMILIES = {
     "gpt_oss": True,
 }
 OTHERS = ("granitemoe", "phimoe", "qwen3_next", "hunyuan_v1_moe")
-
-
-@contextmanager
-def own_modules(model: nn.Module) -> Iterator[None]:
-    """Compute layers by the family's own modules within the block."""
-    kept = {
-        module: vars(module).pop("forward")
-        for module in model.modules()
-        if isinstance(vars(module).get("forward"), LayerForward)
-    }
-    try:
-        yield
-    finally:
-        for module, forward in kept.items():
-            vars(module)["forward"] = forward
 
 
 @pytest.mark.parametrize("name", FAMILIES)

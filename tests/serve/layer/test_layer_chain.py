@@ -41,21 +41,6 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
             one.together = chain
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Layers of each call, and how many of them it computed."""
-    made: list[tuple[int, int]] = []
-    own = layer_chain.compute_layers
-
-    def counting(kernels: Any, layers: Any, *others: Any) -> Any:
-        output = own(kernels, layers, *others)
-        made.append((len(layers), output.complete))
-        return output
-
-    monkeypatch.setattr(layer_chain, "compute_layers", counting)
-    return made
-
-
 def observed(loaded: ServedModel) -> list[Any]:
     blocks = loaded.blocks.values()
     return [*(one.counts() for one in blocks), *(one.state.number for one in blocks)]

@@ -1,19 +1,25 @@
 """Layers whose block adds a shared expert: in one call, equal to the family's own modules."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from levels import compiled, normal
-from served_layers import begun, counts, decoded, in_a_crowd, layers_of, nothing, served
+from served_layers import (
+    begun,
+    counts,
+    decoded,
+    in_a_crowd,
+    layers_of,
+    nothing,
+    own_modules,
+    served,
+)
 from tiny_served import tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moefit.serve.layer import layer_chain
 from moefit.serve.layer.decoder_layer import LayerForward
 from moefit.serve.layer.layer_probe import use_layer_kernels
 from moefit.serve.model import ServedModel
@@ -37,36 +43,6 @@ SETTINGS: list[dict[str, Any]] = [
 
 def shared_layers(model: nn.Module) -> list[LayerForward]:
     return [one for one in layers_of(model) if one.parts.routed is not None]
-
-
-@contextmanager
-def own_modules(model: nn.Module) -> Iterator[None]:
-    """Compute layers by the family's own modules within the block."""
-    kept = {
-        module: vars(module).pop("forward")
-        for module in model.modules()
-        if isinstance(vars(module).get("forward"), LayerForward)
-    }
-    try:
-        yield
-    finally:
-        for module, forward in kept.items():
-            vars(module)["forward"] = forward
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Layers of each call, and how many of them it computed."""
-    made: list[tuple[int, int]] = []
-    own = layer_chain.compute_layers
-
-    def counting(kernels: Any, layers: Any, *others: Any) -> Any:
-        output = own(kernels, layers, *others)
-        made.append((len(layers), output.complete))
-        return output
-
-    monkeypatch.setattr(layer_chain, "compute_layers", counting)
-    return made
 
 
 @pytest.mark.parametrize("name", SIZES)

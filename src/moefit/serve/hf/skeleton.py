@@ -320,13 +320,7 @@ def load_dense_weights(
     groups = (
         () if format is None else dense_groups(model, dense, skeleton.blocks, skeleton.dtype).groups
     )
-    for block in skeleton.blocks:
-        served = experts[block.name]
-        for name, module in _shared_modules(model, block).items():
-            served.add_module(name, module)
-        model.set_submodule(block.name, block.around(served))
-        _skip_initialisation(model.get_submodule(block.parent))
-    _untie_experts(model)
+    _replace_experts(skeleton, experts)
     lazy = {name: LazyTensor(skeleton.checkpoint, stored) for name, stored in dense.items()}
     plan = LoadStateDictConfig(
         device_map={"": device},
@@ -344,16 +338,33 @@ def load_dense_weights(
         encoder.encode(group.modules)
     info, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
     info = loader._finalize_model_loading(model, plan, info)
-    if info.missing_keys or info.mismatched_keys or info.conversion_errors:
-        names = [*info.missing_keys, *map(str, info.mismatched_keys), *info.conversion_errors]
-        raise CheckpointError(
-            f"the checkpoint lacks {len(names)} weights that {loader.__name__} needs, or has them "
-            f"in another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
-        )
+    _refuse_missing(info, loader.__name__)
     if encoder is not None:
         encoder.encode()
         encoder.place()
     return model.eval()
+
+
+def _replace_experts(skeleton: Skeleton, experts: Mapping[str, nn.Module]) -> None:
+    """Put the served experts modules in the model."""
+    model = skeleton.model
+    for block in skeleton.blocks:
+        served = experts[block.name]
+        for name, module in _shared_modules(model, block).items():
+            served.add_module(name, module)
+        model.set_submodule(block.name, block.around(served))
+        _skip_initialisation(model.get_submodule(block.parent))
+    _untie_experts(model)
+
+
+def _refuse_missing(info: Any, family: str) -> None:
+    """Raise CheckpointError if the loader found weights missing or in another shape."""
+    if info.missing_keys or info.mismatched_keys or info.conversion_errors:
+        names = [*info.missing_keys, *map(str, info.mismatched_keys), *info.conversion_errors]
+        raise CheckpointError(
+            f"the checkpoint lacks {len(names)} weights that {family} needs, or has them in "
+            f"another shape: {', '.join(sorted(names)[:3])}; copy or download it again"
+        )
 
 
 def _untie_experts(model: PreTrainedModel) -> None:
