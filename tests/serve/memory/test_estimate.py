@@ -217,7 +217,7 @@ def test_encoding_counts_one_group_beside_the_encoded_weights(tmp_path: Path, mo
 
 def test_least_budget_includes_what_encoding_takes(tmp_path: Path) -> None:
     drop_library_pages()  # those of all tests would be more than what encoding takes
-    folder = saved(tiny("Mixtral", vocab_size=300_000, hidden_size=64), tmp_path)
+    folder = saved(tiny("Mixtral", vocab_size=300_000, hidden_size=128), tmp_path)
     settings = LoadSettings(context=64, dense_precision="int4")
     least = memory_budget(build_skeleton(folder), settings).min_bytes
     load_model(folder, replace(settings, memory=least + RUN_TO_RUN)).close()
