@@ -64,7 +64,7 @@ def test_answers_are_those_of_the_family(
                     loaded.set_memory(total)
                 calls.clear()
                 mine, packed = decoded(loaded.model), in_a_crowd(loaded)
-                assert (len(found), len(found)) in calls
+                assert (4, 4) in calls  # with layers without experts
                 with own_modules(loaded.model):
                     assert torch.equal(mine, decoded(loaded.model))
                     assert torch.equal(packed, in_a_crowd(loaded))

@@ -1,7 +1,8 @@
 """Consecutive decoder layers of a step as one call of the kernels.
 
 Each layer is an attention block, a router and its experts (`attention_block.py`), a shared expert
-if it has one (`shared_expert.py`), and two sums. The call ends before the experts of the first
+if it has one (`shared_expert.py`), and two sums. A layer without experts has an MLP of a shared
+expert's form alone. The call ends before the experts of the first
 layer whose router chooses one that is not resident.
 `LoadsExperts` may then load what is absent, while the resident ones are computed, and the layers go
 on; otherwise that layer is left to the caller. Results are those of the calls by themselves, bit by
@@ -55,21 +56,21 @@ class LayerCall:
     Attributes:
         block: Its attention block.
         cache: Where tokens belong in its cache.
-        router: Its router.
-        experts: Its experts.
-        shared: An expert whose output is added to theirs; None for none.
+        router: Its router; None for a layer without experts.
+        experts: Its experts; None likewise.
+        shared: An expert whose output is added to theirs; None for none. Without experts, the MLP.
     """
 
     block: AttentionBlockKernel
     cache: CacheRows
-    router: RouterKernel
-    experts: ExpertAddresses
+    router: RouterKernel | None
+    experts: ExpertAddresses | None
     shared: SharedExpertKernel | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayersOutput:
-    """What a call makes. Layers from `complete` on are undefined.
+    """What a call makes. Layers from `complete` on are undefined, and choices where no router is.
 
     Attributes:
         complete: Number of layers that were computed.
@@ -110,6 +111,9 @@ class LoadsExperts(Protocol):
         ...
 
 
+_NO_ROUTER = RouterSizes(0, 0, torch.float32, torch.float32)
+
+
 class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("block", "router", "experts", "shared")),
@@ -147,18 +151,18 @@ class _Call:
     ):
         self._kernels, self._number, self._tokens = kernels, len(layers), len(x_TD)
         self._inputs = x_TD, cos_TR, sin_TR
-        self.sizes: RouterSizes = layers[0].router.sizes
+        routers = (one.router for one in layers if one.router is not None)
+        self.sizes: RouterSizes = next((one.sizes for one in routers), _NO_ROUTER)
         self._structs, self._held = (_Layer * len(layers))(), list[Structure]()
         segments = list[tuple[int, ...]]()
         for one, struct in zip(layers, self._structs, strict=True):
             block, of_layer = one.block.arguments(one.cache)
             segments += of_layer
             self._held.append(block)
-            experts = one.experts
-            struct.block, struct.router = addressof(block), one.router.address
-            struct.experts, struct.gated, struct.activation = (
-                experts.address, experts.gated, experts.activation,
-            )  # fmt: skip
+            struct.block = addressof(block)
+            if (experts := one.experts) is not None and one.router is not None:
+                struct.router, struct.experts = one.router.address, experts.address
+                struct.gated, struct.activation = experts.gated, experts.activation
             struct.shared = None if one.shared is None else one.shared.address
         self._segments = (SegmentStruct * len(segments))(*segments)
         self._requests = len(segments) // len(layers)
@@ -225,7 +229,8 @@ def compute_layers(
 
     Args:
         kernels: The compiled library.
-        layers: Layers of equal widths, requests and `RouterSizes`, one after the other.
+        layers: Layers of equal widths, requests and `RouterSizes` if they have experts, one after
+            the other.
         x_TD: Hidden states, consecutive, in one of `ACTIVATION_DTYPES`.
         cos_TR: Cosines of each token.
         sin_TR: Sines.

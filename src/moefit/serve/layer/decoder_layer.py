@@ -3,15 +3,15 @@
 A layer makes some ten kernel calls before its feed-forward block, and as much time passes in
 Python between them. Layers of the common form (norm, attention with rotary embeddings, residual,
 norm) are recognised by what they return (`layer_probe.py`), and get a `forward` of their own on the
-instance. Where the feed-forward block is a router and experts, the router is part of the call;
-otherwise it stays the family's own module.
+instance. Where the feed-forward block is a router and experts, the router is part of the call; an
+MLP without experts is computed by another call. Other blocks stay the family's own modules.
 
 Shapes: B sequences, T tokens, D model width, R cosines per token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,61 +27,31 @@ from moefit.quant.layers.attention_block import (
     AttentionBlockKernel,
     BlockOutput,
     CacheRows,
-    Norm,
 )
 from moefit.quant.layers.layer_operations import RouterKernel
-from moefit.quant.layers.shared_expert import Linear, SharedExpertKernel
+from moefit.quant.layers.shared_expert import SharedExpertKernel
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
-from moefit.serve.hf.native_linear import addresses_of, linear_of
-from moefit.serve.hf.norms import norm_of
-from moefit.serve.hf.rotary import rotary_of
-from moefit.serve.layer.moe_layer import VirtualExperts
-from moefit.serve.layer.router_kernels import RouterForward
-from moefit.serve.layer.shared_modules import SharedModules, shared_modules
+from moefit.serve.hf.native_linear import addresses_of
+from moefit.serve.layer.layer_parts import LayerParts, RoutedExperts, block_of
 
 MOST_TOKENS = 32  # of a step that is computed so: with more, the time between calls hardly counts
 UNKNOWN_WINDOW = -1
 IGNORED = {"position_ids", "use_cache", "cache_position", "segments", "output_router_logits"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RoutedExperts:
-    """A feed-forward block that is a router and experts, and no more than a shared expert besides.
+@dataclass(frozen=True, slots=True, eq=False)
+class FeedKernels:
+    """A feed-forward block as kernels compute it.
 
     Attributes:
-        experts: The experts.
-        router: The router's module.
-        forward: Its `forward`.
-        shared: An expert whose output is added to theirs; None for none.
+        routed: Its experts, with `router`; both None for an MLP without experts.
+        router: The call for their router.
+        mlp: The expert that all tokens pass through, or the whole block where it has no experts.
     """
 
-    experts: VirtualExperts
-    router: nn.Module
-    forward: RouterForward
-    shared: SharedModules | None
-
-    def modules(self) -> list[nn.Module]:
-        """Return the modules that a call computes."""
-        return [self.router, self.experts, *(self.shared.all if self.shared else ())]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerParts:
-    """The modules of a layer that may be of the common form.
-
-    Attributes:
-        attention: The attention module.
-        feed_forward: The module that reads the second norm.
-        replaced: All modules that one call computes.
-        index: Position of the layer in caches.
-        routed: What the feed-forward block may be; None if it has no experts.
-    """
-
-    attention: nn.Module
-    feed_forward: nn.Module
-    replaced: tuple[nn.Module, ...]
-    index: int
     routed: RoutedExperts | None
+    router: RouterKernel | None
+    mlp: SharedExpertKernel | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,10 +111,11 @@ class LayerForward:
         options: With which the layer calls attention.
         dtype: The dtype of hidden states.
         direct: Whether the feed-forward block is what `parts.routed` says, so that its router is
-            part of the call and its experts are called with the choice.
+            part of the call and its experts are called with the choice; or what `parts.dense` says.
         window: Of the layer's attention mask in recorded steps.
 
     Attributes:
+        routed: The block's experts, if it has some and they are called so.
         together: Computes this layer together with others, of which it is number `place`.
     """
 
@@ -162,13 +133,14 @@ class LayerForward:
         self.window = window
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: AttentionBlockKernel | None = None
-        self.direct, self._routed = direct, parts.routed if direct else None
+        self.direct, self.routed = direct, parts.routed if direct else None
+        self._mlp = None if not direct else parts.routed.shared if parts.routed else parts.dense
         self.together: LayersBefore | None = None
         self.place = 0
         self._weights: tuple[int, ...] = ()
         owners = [module, parts.attention, parts.feed_forward]
-        if self._routed is not None and self._routed.shared is not None:
-            owners.append(self._routed.shared.mlp)
+        if self._mlp is not None and self.routed is not None:
+            owners.append(self._mlp.mlp)
         self._children = [one._modules for one in owners]
         self._hooks_of_replaced = [
             hooks
@@ -190,8 +162,7 @@ class LayerForward:
             if isinstance(made, Tensor):
                 return made
             if made is not None:
-                routed = None if made.routing is None else self._routed
-                return (made.sum_TD + self._feed(made, x, routed)).view(x.shape)
+                return self._with_feed(made, x).view(x.shape)
         return self._own(self._module, *given, **named)
 
     def _before_feed(self, x: Tensor, named: Mapping[str, Any]) -> Tensor | BlockOutput | None:
@@ -200,9 +171,8 @@ class LayerForward:
             made = self.together.output(self.place, x, named, given)
             if made is not None:
                 return made
-        routed = self.usable_routed()
-        router = None if routed is None else routed.forward.kernel()
-        return self.compute(x, named, router=router)
+        feed = self.feed_kernels()
+        return self.compute(x, named, router=None if feed is None else feed.router)
 
     def supports(self, x: Tensor) -> bool:
         """Return whether hidden states, modes and the layer's modules are supported."""
@@ -229,34 +199,43 @@ class LayerForward:
         modules = [one for owner in self._children for one in owner.values()]
         return modules + [one and one.__dict__.get("forward") for one in modules]
 
-    def _feed(self, made: BlockOutput, x: Tensor, routed: RoutedExperts | None) -> Tensor:
-        """Return the output of the feed-forward block [T, D]."""
-        if routed is not None and made.routing is not None:
+    def _with_feed(self, made: BlockOutput, x: Tensor) -> Tensor:
+        """Return the sum and the output of the feed-forward block that reads its norm [T, D]."""
+        if (routed := self.routed) is not None and made.routing is not None:
             state = routed.experts.state
             state.logits_TE, state.prefilling = made.logits_TE, x.shape[1] > 1
             output_TD = routed.experts.compute(made.normed_TD, made.routing)
-            shared = self.shared_kernel(routed)
-            return output_TD if shared is None else shared.add(made.normed_TD, output_TD)
+            shared = None if self._mlp is None else self._mlp.kernel(self._dtype)
+            output_TD = output_TD if shared is None else shared.add(made.normed_TD, output_TD)
+            return made.sum_TD + output_TD
+        feed = self.feed_kernels() if self.routed is None else None
+        if feed is not None and feed.mlp is not None:
+            return feed.mlp.add(made.normed_TD, made.sum_TD)
         output = self.parts.feed_forward(made.normed_TD.view(x.shape))
         output = output[0] if isinstance(output, tuple) else output
-        return output.reshape(made.sum_TD.shape)
+        return made.sum_TD + output.reshape(made.sum_TD.shape)
 
-    def usable_routed(self) -> RoutedExperts | None:
-        """Return the router and the experts, unless others put hooks or weights in them."""
-        routed = self._routed
-        if routed is None or self._hooks != self._hooks_in_use():
+    def feed_kernels(self) -> FeedKernels | None:
+        """Return the feed-forward block as kernels compute it.
+
+        None if it is of another form, or others put hooks or weights in it.
+        """
+        if not self.direct or self._hooks != self._hooks_in_use():
             return None
-        has_shared = routed.shared is None or self.shared_kernel(routed) is not None
-        return routed if has_shared else None
-
-    def shared_kernel(self, routed: RoutedExperts) -> SharedExpertKernel | None:
-        """Return the shared expert beside routed ones as one call; None if there is none."""
-        return None if routed.shared is None else routed.shared.kernel(self._dtype)
+        routed = self.routed
+        router = None if routed is None else routed.forward.kernel()
+        mlp = None if self._mlp is None else self._mlp.kernel(self._dtype)
+        if (router is None) != (routed is None) or (mlp is None) != (self._mlp is None):
+            return None
+        return FeedKernels(routed, router, mlp)
 
     def _hooks_in_use(self) -> tuple[int, ...]:
-        """Return the numbers of the hooks of the feed-forward block, its router and its experts."""
-        routed = self._routed
-        modules = () if routed is None else (self.parts.feed_forward, *routed.modules())
+        """Return the numbers of the hooks of the feed-forward block and the modules in it."""
+        modules = list[nn.Module]()
+        if self.routed is not None:
+            modules = [self.parts.feed_forward, *self.routed.modules()]
+        elif self._mlp is not None:
+            modules = self._mlp.all
         return tuple(
             [key for one in modules for key in (*one._forward_hooks, *one._forward_pre_hooks)]
         )
@@ -391,115 +370,3 @@ def own_rows(keys_1GLC: Tensor, values_1GLZ: Tensor, window: int | None) -> Cach
         requests=((0, keys_1GLC.shape[2] - 1, 1),),
         window=window,
     )
-
-
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HEAD_NORMS = ("q_norm", "k_norm")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def candidates(model: nn.Module) -> Iterator[tuple[nn.Module, LayerParts]]:
-    """Yield modules with the children of a layer of the common form."""
-    for module in model.modules():
-        children = dict(module.named_children())
-        norms = [children.pop(name, None) for name in _NORMS]
-        attentions = [one for one in children.values() if _is_attention(one)]
-        if (
-            "forward" in vars(module)
-            or len(children) != 2
-            or len(attentions) != 1
-            or any(one is None or norm_of(one) is None for one in norms)
-        ):
-            continue
-        (attention,) = attentions
-        (feed_forward,) = (one for one in children.values() if one is not attention)
-        known = [one for one in norms if one is not None]
-        yield (
-            module,
-            LayerParts(
-                attention=attention,
-                feed_forward=feed_forward,
-                replaced=(attention, *attention.children(), *known),
-                index=cast(int, attention.layer_idx),
-                routed=_routed(feed_forward),
-            ),
-        )
-
-
-def _routed(feed_forward: nn.Module) -> RoutedExperts | None:
-    """Return the router and the experts of a feed-forward block, if it has one of each."""
-    children = list(feed_forward.children())
-    experts = [one for one in children if isinstance(one, VirtualExperts)]
-    routers = [one for one in children if isinstance(vars(one).get("forward"), RouterForward)]
-    if len(experts) != 1 or len(routers) != 1:
-        return None
-    (router,) = routers
-    others = [one for one in children if one is not router and one is not experts[0]]
-    shared = shared_modules(others) if others else None
-    if others and shared is None:
-        return None
-    return RoutedExperts(
-        experts=experts[0], router=router, forward=vars(router)["forward"], shared=shared
-    )
-
-
-def _is_attention(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    linears = [children.pop(name, None) for name in _LINEARS]
-    return (
-        all(one is not None and linear_of(one) is not None for one in linears)
-        and all(name in _HEAD_NORMS and norm_of(one) is not None for name, one in children.items())
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and isinstance(getattr(module, "head_dim", None), int)
-    )
-
-
-def block_of(
-    module: nn.Module, parts: LayerParts, options: AttentionOptions, cosines: int
-) -> AttentionBlock | None:
-    """Return what a layer's attention block may compute; None if it has another form.
-
-    Args:
-        module: The layer.
-        parts: Its parts.
-        options: With which it calls attention.
-        cosines: R.
-    """
-    attention = parts.attention
-    width = cast(int, attention.head_dim)
-    linears = [linear_of(attention.get_submodule(name)) for name in _LINEARS]
-    before, after = (_norm(module.get_submodule(name)) for name in _NORMS)
-    of_queries, of_keys = (_norm(getattr(attention, name, None)) for name in _HEAD_NORMS)
-    rotary = rotary_of(attention, cosines, width)
-    if any(one is None for one in (*linears, before, after, rotary)):
-        return None
-    query, key, value, output = cast(list[Linear], linears)
-    if query.weight.rows % width or key.weight.rows % width:
-        return None
-    own = [one for one in attention._parameters.values() if one is not None]
-    if len(own) != (options.sinks_H is not None) or not all(one is options.sinks_H for one in own):
-        return None  # a weight that is not known, or other sinks than those of the recorded step
-    return AttentionBlock(
-        before=cast(Norm, before),
-        after=cast(Norm, after),
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        of_queries=of_queries,
-        of_keys=of_keys,
-        heads=query.weight.rows // width,
-        groups=key.weight.rows // width,
-        rotary=cast(Any, rotary),
-        options=options,
-    )
-
-
-def _norm(module: nn.Module | None) -> Norm | None:
-    if module is None or (form := norm_of(module)) is None:
-        return None
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return None
-    plain_D = weight.detach().as_subclass(Tensor)
-    return Norm(form=form, weight_D=plain_D, width=len(plain_D))

@@ -3,7 +3,7 @@
 When the first of the layers is called, it and those after it are computed; they then return what is
 there already. Absent experts are loaded between calls of the kernels, while those that are resident
 are computed. A layer whose choice cannot be resident at once is computed by itself, and the next
-one begins again.
+one begins again. Layers without experts may stand between the others.
 
 Shapes: B sequences, T tokens, D model width.
 """
@@ -22,11 +22,11 @@ from moefit.quant.layers.decoder_layers import LayerCall, LayersOutput, compute_
 from moefit.serve.hf.kv_cache import Int8Layer, ReservedLayer
 from moefit.serve.layer.decoder_layer import (
     LayerForward,
-    RoutedExperts,
     StepArguments,
     window_of,
 )
 from moefit.serve.layer.executor import StepLoads
+from moefit.serve.layer.layer_parts import RoutedExperts
 
 MASK = "attention_mask"  # the argument that may differ between layers, by its window
 
@@ -78,20 +78,22 @@ class _Loads:
     """Loads the absent experts of a call's layers; see `LoadsExperts`.
 
     Args:
-        routed: The layers' experts.
+        routed: The layers' experts; None for a layer without.
 
     Attributes:
         fetched: By layer, how many experts were absent.
     """
 
-    def __init__(self, routed: Sequence[RoutedExperts]):
+    def __init__(self, routed: Sequence[RoutedExperts | None]):
         self._routed = routed
         self._present: StepLoads | None = None
         self.fetched: dict[int, int] = {}
 
     def begin(self, layer: int, ids: Sequence[int]) -> bool:
         """Begin to load what a layer's choice lacks."""
-        self._present = loads = self._routed[layer].experts.begin_loads(ids)
+        one = self._routed[layer]
+        assert one is not None, "only layers with experts end a call"
+        self._present = loads = one.experts.begin_loads(ids)
         if loads is not None:
             self.fetched[layer] = loads.number
         return loads is not None
@@ -112,13 +114,16 @@ class LayerChain:
     """Layers that follow one another, each given the output of the one before.
 
     Args:
-        forwards: Their `forward`, all with routed experts (`direct`).
+        forwards: Their `forward`, all of whose feed-forward blocks are known (`direct`), and at
+            least one of which has experts.
     """
 
     def __init__(self, forwards: Sequence[LayerForward]):
         self._forwards = forwards
         self._reach = len(forwards)  # layers to try at once: fewer while experts are missing
         self._of_thread = local()
+        routed = [one.routed for one in forwards if one.routed is not None]
+        self._lock = routed[0].experts.shared.lock
         for place, one in enumerate(forwards):
             one.together, one.place = self, place
 
@@ -179,13 +184,13 @@ class LayerChain:
         self, place: int, x: Tensor, named: Mapping[str, Any], arguments: StepArguments
     ) -> _Computed | None:
         """Compute layers from one on; None if that is not possible for the first."""
-        compiled, first = kernels(), self._forwards[place].usable_routed()
-        if compiled is None or first is None:
+        compiled = kernels()
+        if compiled is None or self._forwards[place].feed_kernels() is None:
             return None
         tokens = x.shape[0] * x.shape[1]
-        with first.experts.shared.lock:
-            first.experts.begin_step()
-            routed, longer = list[RoutedExperts](), dict[int, _Longer]()
+        with self._lock:
+            self._begin_step(place)
+            routed, longer = list[RoutedExperts | None](), dict[int, _Longer]()
             loads = _Loads(routed)
             try:
                 calls = self._calls(place, x, arguments, routed, longer)
@@ -205,12 +210,18 @@ class LayerChain:
         self._adapt(made.complete, len(calls))
         return _Computed(place, place, x, arguments, made, longer, named)
 
+    def _begin_step(self, place: int) -> None:
+        """Do what comes before a step, if the model's first experts are the next ones."""
+        following = (one.routed for one in self._forwards[place:] if one.routed is not None)
+        if (routed := next(following, None)) is not None:
+            routed.experts.begin_step()
+
     def _calls(
         self,
         place: int,
         x: Tensor,
         arguments: StepArguments,
-        routed: list[RoutedExperts],
+        routed: list[RoutedExperts | None],
         longer: dict[int, _Longer],
     ) -> list[LayerCall]:
         """Return the calls of layers from one on; add their experts and their caches."""
@@ -220,14 +231,17 @@ class LayerChain:
             forward = self._forwards[at]
             if at > place and (_are_hooked() or forward.has_hooks() or not forward.supports(x)):
                 break
-            one = forward.usable_routed()
-            router = None if one is None else one.forward.kernel()
-            if one is None or router is None or (calls and router.sizes != calls[0].router.sizes):
+            if (feed := forward.feed_kernels()) is None:
                 break
-            if router.sizes.experts != one.experts.num_experts:
-                break
-            if (experts := one.experts.addresses(prefilling=x.shape[1] > 1)) is None:
-                break
+            experts = None
+            if (one := feed.routed) is not None and feed.router is not None:
+                sizes = feed.router.sizes
+                if sizes.experts != one.experts.num_experts or any(
+                    before.router is not None and before.router.sizes != sizes for before in calls
+                ):
+                    break
+                if (experts := one.experts.addresses(prefilling=x.shape[1] > 1)) is None:
+                    break
             layer = _own_cache(cache, forward.parts.index)
             before = None if layer is None else (layer.keys, layer.values)
             given = arguments if at == place else replace(arguments, window=forward.window)
@@ -235,7 +249,7 @@ class LayerChain:
                 break
             if layer is not None and before is not None:
                 longer[at] = _Longer(layer, before, (layer.keys, layer.values))
-            calls.append(LayerCall(*ready, router, experts, forward.shared_kernel(one)))
+            calls.append(LayerCall(*ready, feed.router, experts, feed.mlp))
             routed.append(one)
             if forward.has_hooks():  # which may change the layer's output
                 break
@@ -250,7 +264,10 @@ class LayerChain:
 
 
 def _observe(
-    routed: Sequence[RoutedExperts], made: LayersOutput, tokens: int, fetched: Mapping[int, int]
+    routed: Sequence[RoutedExperts | None],
+    made: LayersOutput,
+    tokens: int,
+    fetched: Mapping[int, int],
 ) -> None:
     """Let the experts of complete layers observe the step."""
     done = slice(made.complete)
@@ -258,6 +275,8 @@ def _observe(
     for number, (one, of_rows, of_experts) in enumerate(
         zip(routed[done], ids, shares, strict=True)
     ):
+        if one is None:
+            continue
         absent = fetched.get(number, 0)
         one.experts.computed(of_rows, of_experts, tokens, made.logits_LTE[number], absent)
 
@@ -277,7 +296,7 @@ def _are_hooked() -> bool:
 def chains_of(
     forwards: Sequence[LayerForward], follows: Sequence[bool]
 ) -> list[Sequence[LayerForward]]:
-    """Return runs of layers that may be computed at once.
+    """Return runs of layers that may be computed at once, at least one of them with experts.
 
     Args:
         forwards: Layers in the order of a step.
@@ -292,4 +311,4 @@ def chains_of(
             runs[-1].append(one)
         else:
             runs.append([one])
-    return [run for run in runs if len(run) > 1]
+    return [run for run in runs if len(run) > 1 and any(one.routed is not None for one in run)]

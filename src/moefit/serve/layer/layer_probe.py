@@ -27,15 +27,14 @@ from moefit.quant.kv_int8 import Int8Rows
 from moefit.serve.layer.decoder_layer import (
     IGNORED,
     LayerForward,
-    LayerParts,
-    RoutedExperts,
     arguments_of,
-    candidates,
     own_rows,
     window_of,
 )
 from moefit.serve.layer.layer_chain import LayerChain, chains_of
+from moefit.serve.layer.layer_parts import LayerParts, RoutedExperts, candidates
 from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.layer.shared_modules import SharedModules
 from moefit.serve.layer.step_threads import use_one_thread_of_torch
 
 _LOG = logging.getLogger(__name__)
@@ -98,8 +97,10 @@ def _recognised(
     trial = LayerForward(module, parts, options, dtype, direct=False, window=window)
     if not all(_agrees(trial, step) for step in steps):
         return None
-    routed = parts.routed
-    direct = routed is not None and all(_is_routed(routed, step) for step in steps)
+    routed, dense = parts.routed, parts.dense
+    direct = (routed is not None and all(_is_routed(routed, step) for step in steps)) or (
+        dense is not None and all(_is_dense(dense, step) for step in steps)
+    )
     return LayerForward(module, parts, options, dtype, direct=direct, window=window)
 
 
@@ -382,6 +383,17 @@ def _is_routed(routed: RoutedExperts, step: _Step) -> bool:
         and torch.equal(made.ids_TK, chosen.ids_TK)
         and torch.equal(made.weights_TK, chosen.weights_TK)
     )
+
+
+def _is_dense(mlp: SharedModules, step: _Step) -> bool:
+    """Return whether a feed-forward block is an MLP, for which torch only multiplies."""
+    if step.feed is None:
+        return False
+    given_TD, returned_TD = (one.view(-1, one.shape[-1]) for one in step.feed)
+    kernel = mlp.kernel(given_TD.dtype)
+    if kernel is None or list(step.feed_operations) != ["mul"]:
+        return False
+    return torch.equal(returned_TD, kernel.add(given_TD, torch.zeros_like(returned_TD)))
 
 
 def _returns(

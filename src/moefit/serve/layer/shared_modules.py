@@ -2,7 +2,8 @@
 
 Such an expert is a gated MLP of three linear layers beside a block's router and routed experts, in
 some families with a linear layer of one output, whose sigmoid is a factor. Which of both a block is
-is not decided here: `layer_probe.py` compares what the block returns.
+is not decided here: `layer_probe.py` compares what the block returns. The MLP of a layer without
+experts may be computed as such an expert, added to nothing but the residual.
 """
 
 from collections.abc import Sequence
@@ -70,6 +71,11 @@ def shared_modules(others: Sequence[nn.Module]) -> SharedModules | None:
     if len(mlps) != 1 or len(factors) > 1 or any(linear_of(one) is None for one in factors):
         return None
     return SharedModules(mlps[0], next(iter(factors), None))
+
+
+def dense_mlp(feed_forward: nn.Module) -> SharedModules | None:
+    """Return a layer's feed-forward block as such an expert; None if its modules are others."""
+    return SharedModules(feed_forward, None) if _is_mlp(feed_forward) else None
 
 
 def _is_mlp(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const 
 void moefit_add_shared(int64_t level, const SharedExpert *shared, const void *x, int64_t tokens, int64_t kind, void *y);
 
 // `experts` has an address for each expert of the router; null: it is not resident. `shared`: null, or an expert whose
-// output is added to theirs.
+// output is added to theirs. Without a router, `shared` is the whole feed-forward block.
 struct DecoderLayer {
     const Block *block;
     const Router *router;
@@ -165,7 +165,12 @@ int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t first, 
         Choice choice = {layers[l].router, logits, weights, ids};
         if (!rows)
             moefit_block(level, layers[l].block, segments + l * requests, requests, l ? made.x_LTD + (l - 1) * size : x,
-                         tokens, cos, sin, made.sum_TD, made.normed_TD, &choice);
+                         tokens, cos, sin, made.sum_TD, made.normed_TD, layers[l].router ? &choice : nullptr);
+        if (!layers[l].router) {
+            shared_output(level_of(level), *layers[l].shared, made.normed_TD, tokens, s.kind, y.get());
+            add_values(made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
+            continue;
+        }
         if (!all_resident(layers[l], ids, tokens * s.K, s.E)) return l;
         if (rows) {
             add_rows(level, layers[l], s, made.normed_TD, tokens, ids, *rows);
