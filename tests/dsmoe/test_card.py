@@ -21,6 +21,7 @@ from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.presets import preset, preset_names
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
+from moefit.serve.memory.activations import kv_bytes_per_token
 
 DENSE = Rule(kind="dense")
 THRESHOLD = Rule.parse("threshold:0.48")
@@ -292,6 +293,13 @@ def test_kv_bytes() -> None:
     card = model_card(preset("dsmoe-6b"))
     assert card.kv_bytes_per_token("bfloat16") == 2 * 36 * 4 * 128 * 2
     assert card.kv_bytes_per_token("float32") == 2 * card.kv_bytes_per_token("float16")
+    sizes = {"num_hidden_layers": 3, "num_experts": 16}
+    plain, early = (DsMoeConfig(**sizes, pregated=one) for one in (False, "previous_token"))
+    more = 3 * 16 * 4  # router logits in float32
+    for dtype in ("bfloat16", "float32"):
+        kept = model_card(early).kv_bytes_per_token(dtype)
+        assert kept == model_card(plain).kv_bytes_per_token(dtype) + more
+        assert kept == kv_bytes_per_token(early, getattr(torch, dtype))
 
 
 def test_unknown_dtype() -> None:

@@ -126,6 +126,12 @@ def test_pregated_models_have_something_to_choose_for(changes) -> None:
     assert "pregated=True lets a block choose" in said and "pregated=false" in said
 
 
+def test_previous_token_needs_experts_to_choose() -> None:
+    assert DsMoeConfig(pregated="previous_token", num_hidden_layers=1).pregated == "previous_token"
+    said = message(pregated="previous_token", num_experts=1)
+    assert "num_experts=1; give 2 or more, or pregated=false" in said
+
+
 def test_config_error_is_value_error() -> None:
     with pytest.raises(ValueError, match="num_experts=0"):
         DsMoeConfig(num_experts=0)
@@ -148,7 +154,7 @@ def test_sizes_must_be_integers(value) -> None:
         ("rms_norm_eps", [0, "1e-6", [1e-6]], "a number above 0"),
         ("attention_dropout", [1, -0.1, "0.1"], "a number of at least 0 and below 1"),
         ("qk_norm", [1, "true", None], "true or false"),
-        ("pregated", [1, "yes"], "true or false"),
+        ("pregated", [1, "yes", None], "true, false or 'previous_token'"),
         ("use_cache", ["no"], "true or false"),
         ("output_router_logits", [0], "true or false"),
         ("tie_word_embeddings", ["yes"], "true or false"),

@@ -205,7 +205,8 @@ def test_all_incompatibilities_are_named(tmp_path: Path) -> None:
         "mlp_type='gelu', but its experts have three matrices: 'swiglu'",
         "router_hidden_size=6, but its router is linear: null",
         "qk_norm=False, but it always normalises queries and keys: True",
-        "pregated=True, but its routers are given their own block's inputs: false",
+        "pregated=True, but its routers are given the inputs of the token that they route in their "
+        "own block: false",
         "head_dim=4 times num_attention_heads=2, but its heads divide hidden_size=16: head_dim=8",
         "inference_rule='threshold:0.5', but it has one K",
         "set_inference_rule('top_k:4')",
@@ -217,7 +218,11 @@ def test_all_incompatibilities_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_experts": 1, "inference_rule": "dense"}, {"inference_rule": "threshold_top_k:1"}],
+    [
+        {"num_experts": 1, "inference_rule": "dense"},
+        {"inference_rule": "threshold_top_k:1"},
+        {"pregated": "previous_token"},
+    ],
 )
 def test_single_incompatibility_raises(changes: dict) -> None:
     assert len(olmoe_incompatibilities(exportable(**changes).config, 1)) == 1

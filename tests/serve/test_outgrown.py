@@ -89,7 +89,8 @@ def test_gpus_of_the_plugin_divide_the_model(
         ({"inference_rule": "threshold:0.5"}, ""),
         ({"inference_rule": "threshold_top_k:0.5"}, "inference_rule=threshold_top_k:0.5"),
         ({"router_type": "grap"}, "router_type=grap"),
-        ({"pregated": True}, "pregated=true"),
+        ({"pregated": True}, "pregated=true, routers that are given the inputs of the block"),
+        ({"pregated": "previous_token"}, "pregated=previous_token, routers"),
     ],
 )
 def test_what_the_plugin_refuses_is_said(tmp_path: Path, changed: dict, reason: str) -> None:

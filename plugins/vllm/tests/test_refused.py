@@ -36,7 +36,9 @@ def test_several_devices_are_refused_by_name(changed):
         refuse(**changed)
 
 
-@pytest.mark.parametrize("model", [{"pregated": True}, {"router_type": "grap"}])
+@pytest.mark.parametrize(
+    "model", [{"pregated": True}, {"pregated": "previous_token"}, {"router_type": "grap"}]
+)
 def test_other_routers_are_refused_by_name(model):
     """The plugin would compute these models with the wrong experts."""
     with pytest.raises(ValueError, match=next(iter(model))):

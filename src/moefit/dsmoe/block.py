@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.previous_token import Shift
 from moefit.moe.experts import (
     ExpertWeights,
     expert_weights,
@@ -46,8 +47,19 @@ class DsMoeRouter(nn.Module):
         self.hidden = None if hidden is None else nn.Linear(config.hidden_size, hidden)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return logits [.., E] for x [.., D]."""
+    def forward(self, x_TD: Tensor, *, shift: Shift | None = None) -> Tensor:
+        """Return logits [.., E] for x [.., D].
+
+        Args:
+            x_TD: What is routed.
+            shift: From tokens' own logits [B, T, E] to those by which they are routed, which are
+                then returned as [B * T, E]; None for their own.
+        """
+        logits_TE = self.logits(x_TD)
+        return logits_TE if shift is None else shift(logits_TE).flatten(0, 1)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return each token's own logits [.., E]."""
         with torch.autocast(device_type=x_TD.device.type, enabled=False):
             x_TD = at_least_float32(x_TD)
             if self.hidden is not None:
@@ -67,8 +79,8 @@ class GrapRouter(DsMoeRouter):
         nn.Module.__init__(self)
         self.num_experts = config.num_experts
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return logits [.., E] for x [.., D]."""
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return each token's own logits [.., E]."""
         return grouped_average_pooling(at_least_float32(x_TD), self.num_experts)
 
 
@@ -168,6 +180,7 @@ class DsMoeBlock(nn.Module):
         real_T: Tensor | None,
         allowed_BE: Tensor | None = None,
         gate_BTD: Tensor | None = None,
+        shift: Shift | None = None,
     ) -> Tensor:
         """Compute the block.
 
@@ -177,22 +190,31 @@ class DsMoeBlock(nn.Module):
             real_T: False for padding tokens; None if there are none.
             allowed_BE: False for experts that a sequence may not use; None to allow all.
             gate_BTD: What the router is given; None for the hidden states.
+            shift: From a token's own logits to those by which it is routed; None for its own.
 
         Returns:
             Output [B, T, D].
         """
         x_TD = x_BTD.flatten(0, 1)
-        gate_TD = x_TD if gate_BTD is None else gate_BTD.flatten(0, 1)
         if self.gate is None:
             ids_TK = x_TD.new_zeros((x_TD.shape[0], 1), dtype=torch.long)
             routing = Routing(ids_TK, x_TD.new_ones((x_TD.shape[0], 1)))
         elif allowed_BE is not None:
             allowed_TE = allowed_BE.repeat_interleave(x_BTD.shape[1], dim=0)
-            routing = route_allowed(self.gate(gate_TD), allowed_TE, rule, real_T)
+            logits_TE = self._logits(self.gate, x_BTD if gate_BTD is None else gate_BTD, shift)
+            routing = route_allowed(logits_TE, allowed_TE, rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         else:
             # A shape that depends on scores would break torch.compile's graph in training.
             choose = masked_route if self.training and rule.kind == "threshold" else route
-            routing = choose(self.gate.scores(gate_TD), rule, real_T)
+            logits_TE = self._logits(self.gate, x_BTD if gate_BTD is None else gate_BTD, shift)
+            routing = choose(logits_TE.softmax(-1), rule, real_T)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)
+
+    @staticmethod
+    def _logits(gate: DsMoeRouter, x_BTD: Tensor, shift: Shift | None) -> Tensor:
+        """Return the logits by which tokens are routed [B * T, E]."""
+        if shift is None:
+            return gate(x_BTD.flatten(0, 1))
+        return gate(x_BTD, shift=shift)

@@ -46,6 +46,7 @@ class ModelCard:
         num_attention_experts: Attention experts per layer.
         query_width: Of all heads of a layer.
         key_value_width: Of all heads of a layer.
+        kept_logit_bytes: Per token, in the KV cache beside keys and values.
         max_positions: Longest sequence.
         training_rule: Which experts are used in training.
         inference_rule: Which experts are used at inference.
@@ -60,6 +61,7 @@ class ModelCard:
     num_attention_experts: int
     query_width: int
     key_value_width: int
+    kept_logit_bytes: int
     max_positions: int
     training_rule: Rule
     inference_rule: Rule
@@ -138,8 +140,9 @@ class ModelCard:
         return self.total * _dtype_bytes(dtype)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Return the bytes of one token's keys and values; raises as `weight_bytes` does."""
-        return 2 * self.num_layers * self.key_value_width * _dtype_bytes(dtype)
+        """Return the bytes of one token in the KV cache; raises as `weight_bytes` does."""
+        keys_and_values = 2 * self.num_layers * self.key_value_width * _dtype_bytes(dtype)
+        return keys_and_values + self.kept_logit_bytes
 
     def active_range(self, rule: Rule) -> tuple[int, int]:
         """Return the least and most parameters that `active` can return for any text."""
@@ -218,6 +221,7 @@ def model_card(config: DsMoeConfig) -> ModelCard:
         num_attention_experts=config.num_attention_experts,
         query_width=query_width,
         key_value_width=key_value_width,
+        kept_logit_bytes=config.kept_logit_bytes,
         max_positions=config.max_position_embeddings,
         training_rule=Rule.parse(config.training_rule),
         inference_rule=Rule.parse(config.inference_rule),

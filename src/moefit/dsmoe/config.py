@@ -30,7 +30,8 @@ SIZES = (
     "max_position_embeddings",
     *NULLABLE,
 )
-FLAGS = ("qk_norm", "pregated", "use_cache", "output_router_logits", "tie_word_embeddings")
+FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
+PREVIOUS_TOKEN = "previous_token"  # a value of `pregated`
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _Bound = tuple[Callable[[float], bool], str]
 _AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number of at least 0")
@@ -58,9 +59,11 @@ class DsMoeConfig(PreTrainedConfig):
         mlp_type: `gelu` (two matrices, as in the paper) or `swiglu` (three).
         router_type: Of MLP experts: `linear`, or `grap`, LocMoE's grouped average pooling, which
             has no weights; `num_experts` then divides `hidden_size`.
-        pregated: Whether the router of each block but the first is given the inputs of the block
-            before, so that its experts are known one block early (Pre-gated MoE, arXiv
-            2308.12066). Weights have the same names and shapes either way.
+        pregated: Whether experts are known early. True: the router of each block but the first is
+            given the inputs of the block before (Pre-gated MoE, arXiv 2308.12066).
+            `previous_token`: each token is routed by the router's logits for the token before, so
+            that the experts of all blocks are known before a step (as in Edge0, arXiv 2609.18063).
+            Weights have the same names and shapes in all of them.
         router_hidden_size: Hidden width of a two-layer router; None for a linear router.
         routed_scaling_factor: Factor on the MLP experts' weights (DeepSeek's name). It compensates
             for scores that start at 1 / E.
@@ -87,7 +90,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
-    pregated: bool = False
+    pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0
@@ -166,13 +169,32 @@ class DsMoeConfig(PreTrainedConfig):
             "{rope_theta: 10000.0}, or null",
         )
 
-    def _check_router(self) -> None:
+    @property
+    def kept_logit_bytes(self) -> int:
+        """Return the bytes per token that `previous_token` keeps beside keys and values."""
+        if self.pregated != PREVIOUS_TOKEN:
+            return 0
+        return self.num_hidden_layers * self.num_experts * 4  # in float32
+
+    def _check_pregated(self) -> None:
         _require(
-            not self.pregated or (self.num_experts > 1 and self.num_hidden_layers > 1),
+            isinstance(self.pregated, bool) or self.pregated == PREVIOUS_TOKEN,
+            f"pregated={self.pregated!r}, but it must be true, false or {PREVIOUS_TOKEN!r}",
+        )
+        _require(
+            self.pregated is not True or (self.num_experts > 1 and self.num_hidden_layers > 1),
             f"pregated=True lets a block choose the experts of the next one, but num_experts="
             f"{self.num_experts} and num_hidden_layers={self.num_hidden_layers}; give both 2 or "
             "more, or pregated=false",
         )
+        _require(
+            self.pregated != PREVIOUS_TOKEN or self.num_experts > 1,
+            f"pregated={PREVIOUS_TOKEN!r} lets a token choose the experts of the next one, but "
+            f"num_experts={self.num_experts}; give 2 or more, or pregated=false",
+        )
+
+    def _check_router(self) -> None:
+        self._check_pregated()
         _require(
             self.router_type in ("linear", "grap"),
             f"router_type={self.router_type!r} is unknown; use 'linear' or 'grap'",

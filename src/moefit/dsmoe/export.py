@@ -97,9 +97,8 @@ def olmoe_incompatibilities(config: DsMoeConfig, experts_per_token: int) -> list
         f"router_type={config.router_type!r}, but its router is linear: 'linear'": (
             config.router_type != "linear"
         ),
-        "pregated=True, but its routers are given their own block's inputs: false": (
-            config.pregated
-        ),
+        f"pregated={config.pregated!r}, but its routers are given the inputs of the token that "
+        "they route in their own block: false": bool(config.pregated),
         "qk_norm=False, but it always normalises queries and keys: True": not config.qk_norm,
         f"num_experts={config.num_experts}, but its blocks have a router: 2 or more": (
             config.num_experts < 2

@@ -36,8 +36,9 @@ from moefit.dsmoe.block import (
     DsMoeRouter,
     GrapRouter,
 )
-from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.config import PREVIOUS_TOKEN, DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
+from moefit.dsmoe.previous_token import PreviousToken, Shift
 from moefit.moe.routing import Rule
 
 
@@ -54,7 +55,7 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         self.mlp = DsMoeBlock(config)
         self.input_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pregated = config.pregated
+        self.returns_gate = config.pregated is True
 
     def forward(
         self,
@@ -64,17 +65,18 @@ class DsMoeDecoderLayer(GradientCheckpointingLayer):
         real_T: Tensor | None,
         allowed_BE: Tensor | None = None,
         gate_BTD: Tensor | None = None,
+        shift: Shift | None = None,
         **kwargs,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the layer; arguments as for `DsMoeAttention` and `DsMoeBlock`.
 
         Returns:
-            The output; in pre-gated models also the block's inputs, which the next router is given.
+            The output; with `pregated=True` also the block's inputs, for the next router.
         """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rule=rule, **kwargs)[0]
         h_BTD = self.post_attention_layernorm(x_BTD)
-        y_BTD = x_BTD + self.mlp(h_BTD, rule, real_T, allowed_BE, gate_BTD)
-        return (y_BTD, h_BTD) if self.pregated else y_BTD
+        y_BTD = x_BTD + self.mlp(h_BTD, rule, real_T, allowed_BE, gate_BTD, shift)
+        return (y_BTD, h_BTD) if self.returns_gate else y_BTD
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
@@ -161,7 +163,8 @@ class DsMoeModel(DsMoePreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given.
-            ConfigError: The rule is unknown.
+            ConfigError: The rule is unknown, or the KV cache lacks what `pregated` needs.
+            UnsupportedModelError: The KV cache cannot hold what `pregated` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -184,15 +187,29 @@ class DsMoeModel(DsMoePreTrainedModel):
             "attention_mask": causal_mask,
             CACHE_NAME: cache,
         }
-        if self.config.pregated:
+        pregated = self.config.pregated
+        previous = self._previous(cache, position_ids, attention_mask)
+        if pregated is True:
             kwargs["gate_BTD"] = None  # the first router is given its own block's inputs
         for index, layer in enumerate(self.layers):
             allowed_BE = None if allowed_LBE is None else allowed_LBE[index]
+            if previous is not None:
+                kwargs["shift"] = previous.of_block(index)
             x_BTD = layer(x_BTD, **shared, allowed_BE=allowed_BE, **kwargs)
-            if self.config.pregated:
+            if pregated is True:
                 x_BTD, kwargs["gate_BTD"] = x_BTD
         named: dict[str, Any] = {CACHE_NAME: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **named)
+
+    def _previous(
+        self, cache: Cache | None, position_ids: Tensor, attention_mask: Tensor | None
+    ) -> PreviousToken | None:
+        """Return by which token each is routed; None for itself."""
+        if self.config.pregated != PREVIOUS_TOKEN:
+            return None
+        if self.training and self.gradient_checkpointing:
+            cache = None  # layers are given none either, and the backward pass repeats them
+        return PreviousToken.of(cache, position_ids, attention_mask, len(self.layers))
 
 
 def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:

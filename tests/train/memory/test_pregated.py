@@ -40,13 +40,39 @@ def test_loss_is_kl_to_the_old_routers_on_their_own_inputs() -> None:
     assert all(block.gate.weight.grad.any() for block in blocks[1:])
 
 
-def test_fine_tune_of_another_model_begins_with_its_weights(tree, callback, tmp_path) -> None:
+def test_loss_of_previous_token_is_kl_in_every_block() -> None:
+    model = tiny_model(pregated="previous_token", num_hidden_layers=3).train()
+    teacher, inputs, ids_BT = GateTeacher(model, 0.5), [], tokens(2, 9)
+    blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
+    old = [block.gate.weight.detach().clone() for block in blocks]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        for block in blocks:
+            block.gate.weight.mul_(1.5)
+    logits = model(ids_BT, output_router_logits=True, use_cache=False).router_logits
+    expected = torch.zeros(())
+    for x_BTD, old_ED, block in zip(inputs, old, blocks, strict=True):
+        p_BTE = F.linear(x_BTD, old_ED).softmax(-1).detach()
+        new_BTE = block.gate(x_BTD).log_softmax(-1)
+        new_BTE = torch.cat([new_BTE[:, :1], new_BTE[:, :-1]], dim=1)
+        expected = expected + (p_BTE * (p_BTE.log() - new_BTE)).sum(-1).mean()
+    loss = teacher.loss(logits)
+    torch.testing.assert_close(loss, 0.5 * expected)
+    loss.backward()
+    assert all(block.gate.weight.grad.any() for block in blocks)
+
+
+@pytest.mark.parametrize("pregated", [True, "previous_token"])
+def test_fine_tune_of_another_model_begins_with_its_weights(
+    tree, callback, tmp_path, pregated
+) -> None:
     train(make_config(tree), callback)
     more = {**tree, "out": str(tmp_path / "more"), "start_from": tree["out"], "loss": {}}
-    more["model"] = {**tree["model"], "pregated": True}
+    more["model"] = {**tree["model"], "pregated": pregated}
     result = train(make_config(more), callback)
     made = DsMoeForCausalLM.from_pretrained(result.checkpoint)
-    assert made.config.pregated
+    assert made.config.pregated == pregated
     plain = [r["loss"] for r in read_log(tmp_path / "more") if r["kind"] == "train"]
     near = {**more, "out": str(tmp_path / "near"), "loss": {"gate_kl": 0.5}}
     train(make_config(near), callback)

@@ -19,7 +19,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
-    pregated: bool = False
+    pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0

@@ -31,9 +31,11 @@ def refuse_untested(config: Any, vllm_config: Any) -> None:
     if config.router_type != "linear":
         raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")
     if config.pregated:
+        before = "token" if config.pregated == "previous_token" else "block"
         raise ValueError(
-            "pregated=True: the plugin's routers are given their own block's inputs, and this "
-            "model's those of the block before; serve it with `moefit serve`"
+            f"pregated={config.pregated}: the plugin's routers are given their own block's inputs "
+            f"of the token that is routed, and this model's those of the {before} before; serve it "
+            "with `moefit serve`"
         )
     parts = parallel.tensor_parallel_size
     for name in ("num_key_value_heads", "intermediate_size"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,7 +46,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
-    pregated: bool = False
+    pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
     routed_scaling_factor: float = 1.0
@@ -122,15 +122,72 @@ class DsMoeRouter(nn.Module):
             self.hidden = nn.Linear(config.hidden_size, width)
         self.weight = nn.Parameter(torch.empty(num_experts, width or config.hidden_size))
 
-    def forward(self, x_TD):
-        """Return the softmax over all experts [.., E]."""
-        x_TD = x_TD.float()
+    def forward(self, x_TD, shift=None):
+        """Return the softmax over all experts [.., E]; `shift` changes its logits [B, T, E]."""
+        logits_TE = self._logits(x_TD.float())
+        return (logits_TE if shift is None else shift(logits_TE)).softmax(-1)
+
+    def _logits(self, x_TD):
         if self.slices:
-            return x_TD.unflatten(-1, (self.num_experts, -1)).mean(-1).relu().softmax(-1)
+            return x_TD.unflatten(-1, (self.num_experts, -1)).mean(-1).relu()
         if self.hidden is not None:
             weight, bias = self.hidden.weight.float(), self.hidden.bias.float()
             x_TD = F.gelu(F.linear(x_TD, weight, bias))
-        return F.linear(x_TD, self.weight.float()).softmax(-1)
+        return F.linear(x_TD, self.weight.float())
+
+
+class RouterLogits(DynamicLayer):
+    """A layer of a KV cache that holds a block's router logits of past tokens, as keys."""
+
+    def append(self, logits_BTE):
+        """Append logits, and return those of all tokens [B, N, E]."""
+        keys_B1TE = logits_BTE[:, None]
+        return self.update(keys_B1TE, keys_B1TE[..., :0])[0][:, 0]
+
+
+class PreviousToken:
+    """Routes a token by the logits of the one before (`pregated: previous_token`).
+
+    The first token of a text, with position 0 or after padding, is routed by its own.
+    """
+
+    def __init__(self, cache, position_ids, attention_mask, blocks):
+        self.cache, self.blocks = cache, blocks
+        follows_BT, past = position_ids > 0, 0
+        if attention_mask is not None and attention_mask.ndim == 2:
+            before_BN = F.pad(attention_mask, (1, 0))[:, :-1].bool()
+            follows_BT = follows_BT & before_BN[:, -follows_BT.shape[1] :]
+        if cache is not None:
+            past = self._prepare(cache)
+        if past == 0:
+            follows_BT[:, 0] = False
+        self.follows_BT = follows_BT
+
+    def _prepare(self, cache):
+        """Add layers for logits behind those of keys and values; return the tokens held."""
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"the router logits of past tokens need a DynamicCache: {type(cache)}")
+        if not any(isinstance(one, RouterLogits) for one in cache.layers):
+            while len(cache.layers) < self.blocks:
+                cache.layers.append(DynamicLayer())
+            cache.layers.extend(RouterLogits() for _ in range(self.blocks))
+        past = cache.get_seq_length()
+        if cache.get_seq_length(self.blocks) != past:
+            raise ValueError("the KV cache was not filled by this model: it has no router logits")
+        return past
+
+    def of_block(self, block):
+        """Return the change of the logits [B, T, E] of a block's router."""
+
+        def shift(own_BTE):
+            if self.cache is None:
+                before_BTE = own_BTE.roll(1, dims=1)
+            else:
+                all_BNE = self.cache.layers[self.blocks + block].append(own_BTE)
+                before_BTE = all_BNE.roll(1, dims=1)[:, -own_BTE.shape[1] :]
+            return torch.where(self.follows_BT[..., None], before_BTE, own_BTE)
+
+        return shift
 
 
 class DsMoeAttention(nn.Module):
@@ -217,13 +274,14 @@ class DsMoeBlock(nn.Module):
         self.scale = config.routed_scaling_factor
         self.experts = DsMoeExperts(config)
 
-    def forward(self, x_BTD, rule, real_T, gate_BTD):
+    def forward(self, x_BTD, rule, real_T, gate_BTD, shift):
         """Return the output [B, T, D]."""
         x_TD = x_BTD.flatten(0, 1)
         if self.gate is None:
             weights_TE = x_TD.new_ones((len(x_TD), 1), dtype=torch.float32)
         else:
-            weights_TE = rule.weights(self.gate(gate_BTD.flatten(0, 1)), real_T) * self.scale
+            scores_TE = self.gate(gate_BTD, shift).flatten(0, 1)
+            weights_TE = rule.weights(scores_TE, real_T) * self.scale
         return self.experts(x_TD, weights_TE).view_as(x_BTD)
 
 
@@ -238,14 +296,14 @@ class DsMoeDecoderLayer(nn.Module):
         self.post_attention_layernorm = DsMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(  # noqa: PLR0913 - what a layer is given
-        self, x_BTD, gate_BTD, rule, real_T, positions, mask, cache
+        self, x_BTD, gate_BTD, shift, rule, real_T, positions, mask, cache
     ):
         """Return the output and the experts' input [B, T, D]; `gate_BTD` None: the router's too."""
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), rule, positions, mask, cache)
         x_BTD = x_BTD + y_BTD
         h_BTD = self.post_attention_layernorm(x_BTD)
         gate_BTD = h_BTD if gate_BTD is None else gate_BTD
-        return x_BTD + self.mlp(h_BTD, rule, real_T, gate_BTD), h_BTD
+        return x_BTD + self.mlp(h_BTD, rule, real_T, gate_BTD, shift), h_BTD
 
 
 class DsMoePreTrainedModel(PreTrainedModel):
@@ -286,10 +344,13 @@ class DsMoeModel(DsMoePreTrainedModel):
             real_T = attention_mask[:, -x_BTD.shape[1] :].flatten().bool()
         positions = self.rotary_emb(x_BTD, position_ids)
         rule = Rule(self.config.inference_rule)
-        gate_BTD = None
-        for layer in self.layers:
-            x_BTD, h_BTD = layer(x_BTD, gate_BTD, rule, real_T, positions, mask, cache)
-            gate_BTD = h_BTD if self.config.pregated else None
+        pregated, gate_BTD, previous = self.config.pregated, None, None
+        if pregated == "previous_token":
+            previous = PreviousToken(cache, position_ids, attention_mask, len(self.layers))
+        for index, layer in enumerate(self.layers):
+            shift = None if previous is None else previous.of_block(index)
+            x_BTD, h_BTD = layer(x_BTD, gate_BTD, shift, rule, real_T, positions, mask, cache)
+            gate_BTD = h_BTD if pregated is True else None
         return self.norm(x_BTD)
 
 

@@ -37,10 +37,11 @@ def needs_whole_prompts(config: Any) -> bool:
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:
-    """Return the bytes of one token's keys and values over all layers.
+    """Return the bytes of one token in the KV cache, over all layers.
 
-    This is an upper bound where layers differ. With an encoder it includes the encoder's output for
-    the token, which is held for the same time.
+    Keys and values, and a DS-MoE's router logits where it keeps them (`kept_logit_bytes`). This is
+    an upper bound where layers differ. With an encoder it includes the encoder's output for the
+    token, which is held for the same time.
 
     Args:
         config: The model's transformers configuration.
@@ -63,7 +64,8 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -
             return layers * 2 * kv_heads * bytes_per_row(head_dim)
         per_layer = 2 * kv_heads * head_dim
     encoded = _first(text, "hidden_size", "d_model") or 0 if config.is_encoder_decoder else 0
-    return (layers * per_layer * sides + encoded) * dtype.itemsize
+    kept = config.kept_logit_bytes if isinstance(config, DsMoeConfig) else 0
+    return (layers * per_layer * sides + encoded) * dtype.itemsize + kept
 
 
 _LATENT_EXTRAS = ("qk_rope_head_dim", "index_head_dim")

@@ -1,9 +1,9 @@
 """Teach pre-gated routers the choice of the routers that they replace.
 
 A fine-tune from a model whose routers are given their own block's inputs begins with these routers,
-given the inputs of the block before. A loss keeps their choice near the one that the old routers,
-frozen, make from the block's own inputs: the mean over tokens of KL(old || new), summed over blocks
-(as ReMoE's gate-only fine-tune does, arXiv 2605.27081).
+given the inputs of the block before, or those of the token before. A loss keeps their choice near
+the one that the old routers, frozen, make from the token's own inputs of the block: the mean over
+tokens of KL(old || new), summed over blocks (as in ReMoE's gate-only fine-tune, arXiv 2605.27081).
 
 Shapes: B sequences, T tokens, D model width, E experts.
 """
@@ -30,9 +30,11 @@ class GateTeacher:
         weight: Of the loss.
     """
 
-    def __init__(self, model: nn.Module, weight: float):
+    def __init__(self, model: PreTrainedModel, weight: float):
         blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
         self.weight = weight
+        # With `pregated=True` the first block's router is given what the old one was.
+        self._first = int(model.config.pregated is True)
         self._old: list[DsMoeRouter] = []
         self._inputs: dict[int, Tensor] = {}
         for number, block in enumerate(blocks):
@@ -55,7 +57,7 @@ class GateTeacher:
         if not getattr(model.config, "pregated", False):
             raise ConfigError(
                 f"{given} has no effect, because only pre-gated routers differ from those that "
-                "they begin with; leave it out, or give model.pregated=true"
+                "they begin with; leave it out, or give model.pregated=true or previous_token"
             )
         if config.start_from is None:
             raise ConfigError(
@@ -73,7 +75,7 @@ class GateTeacher:
             logits: The routers' logits [B * T, E] by block; of the first rows of the pass.
         """
         total = logits[0].new_zeros(())
-        for number in range(1, len(logits)):  # the first block's router is not changed
+        for number in range(self._first, len(logits)):
             new_TE = logits[number].flatten(0, -2).float().log_softmax(-1)
             with torch.no_grad():
                 old_TE = self._old[number](self._inputs[number][: len(new_TE)]).log_softmax(-1)

@@ -1,0 +1,158 @@
+"""Route each token by what the router makes of the token before it.
+
+With `pregated: previous_token` the logits by which a block routes a token are those of the block's
+router for the token before, so that the experts of all blocks are known before a step begins (as
+in Edge0, arXiv 2609.18063). The first token of a text has none before it and is routed by its own
+logits, as in other models. So is the first token after padding, and a document's first where
+documents are kept apart.
+
+The logits of past tokens are kept in the KV cache, in a layer per block behind those of keys and
+values, so that everything that changes a cache (crop, reorder, repeat) changes them too.
+
+Shapes: B sequences, T tokens of the pass, N tokens with the cached ones, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from moefit.errors import ConfigError, UnsupportedModelError
+
+Shift = Callable[[Tensor], Tensor]
+"""From the logits [B, T, E] that a router makes of tokens to those by which they are routed."""
+
+
+@runtime_checkable
+class LogitsOfRequests(Protocol):
+    """A cache shared by several sequences, which keeps the logits itself."""
+
+    def logits_before(self, block: int, logits_BTE: Tensor) -> Tensor:
+        """Keep the logits of a pass, and return those of the token before each.
+
+        Args:
+            block: Index of the block.
+            logits_BTE: Of the tokens of the pass, in their order.
+
+        Returns:
+            Logits [B, T, E]; those of a sequence's first token are arbitrary.
+        """
+        ...
+
+
+class RouterLogits(DynamicLayer):
+    """A layer of a cache that holds the router logits of a block: [B, 1, N, E] as keys."""
+
+    def append(self, logits_BTE: Tensor) -> Tensor:
+        """Append the logits of a pass, and return those of all tokens [B, N, E]."""
+        keys_B1TE = logits_BTE[:, None]
+        all_B1NE, _ = self.update(keys_B1TE, keys_B1TE[..., :0])
+        return all_B1NE[:, 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreviousToken:
+    """Which tokens of a pass have one before them, and where its logits are.
+
+    Attributes:
+        follows_BT: False for tokens that are routed by their own logits; [1, T] if all sequences
+            are alike.
+        cache: The KV cache, with `RouterLogits`; None in a pass over whole sequences.
+        blocks: Number of blocks.
+    """
+
+    follows_BT: Tensor
+    cache: Any
+    blocks: int
+
+    @classmethod
+    def of(
+        cls,
+        cache: Cache | None,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        blocks: int,
+    ) -> "PreviousToken":
+        """Return what a pass needs; adds layers for logits to a new cache.
+
+        Args:
+            cache: Of the tokens before; None in a pass over whole sequences.
+            position_ids: [B, T] or [1, T].
+            attention_mask: [B, N], 0 for padding; ignored if of another form.
+            blocks: Number of blocks.
+
+        Raises:
+            UnsupportedModelError: The cache cannot hold logits.
+            ConfigError: It holds keys and values of tokens without their logits.
+        """
+        follows_BT = position_ids > 0
+        if attention_mask is not None and attention_mask.ndim == 2:
+            before_BN = F.pad(attention_mask, (1, 0))[:, :-1].bool()
+            follows_BT = follows_BT & before_BN[:, -follows_BT.shape[1] :]
+        if not isinstance(cache, LogitsOfRequests):
+            past = 0 if cache is None else _prepared(cache, blocks)
+            if past == 0:
+                follows_BT[:, 0] = False
+        return cls(follows_BT, cache, blocks)
+
+    def of_block(self, block: int) -> Shift:
+        """Return by which logits a block routes, given its router's own."""
+        return partial(self._shifted, block)
+
+    def _shifted(self, block: int, logits_BTE: Tensor) -> Tensor:
+        if self.cache is None:
+            before_BTE = logits_BTE.roll(1, dims=1)
+        elif isinstance(self.cache, LogitsOfRequests):
+            before_BTE = self.cache.logits_before(block, logits_BTE)
+        else:
+            layer: RouterLogits = self.cache.layers[self.blocks + block]
+            before_BTE = layer.append(logits_BTE).roll(1, dims=1)[:, -logits_BTE.shape[1] :]
+        return torch.where(self.follows_BT[..., None], before_BTE, logits_BTE)
+
+
+def logits_of_last(cache: Any, block: int, blocks: int) -> Tensor | None:
+    """Return the logits [B, E] by which a block will route the token after the cached ones.
+
+    Args:
+        cache: The KV cache before the step.
+        block: Index of the block.
+        blocks: Number of blocks.
+
+    Returns:
+        None if there are none yet.
+    """
+    layers = getattr(cache, "layers", ())
+    layer = layers[blocks + block] if len(layers) > blocks + block else None
+    if not isinstance(layer, RouterLogits) or not layer.get_seq_length():
+        return None
+    assert layer.keys is not None
+    return layer.keys[:, 0, -1]
+
+
+def _prepared(cache: Cache, blocks: int) -> int:
+    """Add layers for logits to a cache that has none, and return how many tokens it holds."""
+    if not isinstance(cache, DynamicCache):
+        raise UnsupportedModelError(
+            "pregated='previous_token' keeps the router logits of past tokens in the KV cache, and "
+            f"a {type(cache).__name__} has no place for them; use a DynamicCache, which generate "
+            "makes by default"
+        )
+    past = int(cache.get_seq_length())
+    held = [one for one in cache.layers if isinstance(one, RouterLogits)]
+    if not held:
+        while len(cache.layers) < blocks:
+            cache.layers.append(DynamicLayer())
+        held = [RouterLogits() for _ in range(blocks)]
+        cache.layers.extend(held)
+    if (known := held[0].get_seq_length()) != past:
+        raise ConfigError(
+            f"the KV cache holds keys and values of {past} tokens and router logits of {known}, "
+            "but pregated='previous_token' routes the next token by those of the last; give a "
+            "cache that this model has filled"
+        )
+    return past
