@@ -175,6 +175,24 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {options.to_pack}{dtype}"
         )
+    if nbytes := served.report()["unpacked_bytes"]:
+        say(f"note: {packing_line(model, nbytes, options.dtype)}")
+
+
+def packing_line(model: str, nbytes: int, dtype: str | None) -> str:
+    """Return how to make reading a checkpoint's own codes faster.
+
+    Args:
+        model: As on the command line.
+        nbytes: What packing writes.
+        dtype: As on the command line.
+    """
+    more = f" --dtype {dtype}" if dtype else ""
+    return (
+        "experts are read from several places of the checkpoint; in one read each once you have "
+        f"run: moefit pack {shlex.quote(model)} --formats {NATIVE_PRECISION}{more} "
+        f"({format_bytes(nbytes)} of storage)"
+    )
 
 
 def prediction_line(prefetch: Mapping[str, Any]) -> str:
@@ -387,7 +405,8 @@ def _formats(report: dict[str, Any], precision: str) -> str:
     if precision != NATIVE_PRECISION:
         return f", experts in {_precision(report)}, {report['experts_from']}"
     held = " and ".join(report["checkpoint"]["held"])
-    return f", experts in {held}, as the checkpoint has them" if held else ""
+    packed = f", {report['experts_from']}" if "packed" in report["experts_from"] else ""
+    return f", experts in {held}, as the checkpoint has them{packed}" if held else ""
 
 
 def _precision(report: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from moefit.cli.loading import (
     load_served,
     minimums,
     minimums_line,
+    packing_line,
     say_generation,
     shared_steps,
     speed_table,
@@ -83,7 +84,7 @@ from moefit.serve.layer.router_probe import use_rule
 from moefit.serve.memory.budget import MemoryBudget, format_bytes
 from moefit.serve.memory.estimate import initial_formats, memory_budget
 from moefit.serve.model import ServedModel
-from moefit.serve.packed.store import open_packed
+from moefit.serve.packed.store import open_packed, unpacked_bytes
 from moefit.serve.prediction.guesses import TRIAL_STEPS
 from moefit.serve.prediction.probes import DEPTHS
 
@@ -295,6 +296,8 @@ def _describe_memory(
     budget = memory_budget(skeleton, settings, packed)
     start = initial_formats(skeleton, settings, budget, packed)  # raises below the minimum
     least = minimums(skeleton, settings, packed, budget)
+    pairs = zip(skeleton.blocks, budget.slots(), strict=True)
+    unpacked = unpacked_bytes(((one, settings.format(one), n) for one, n in pairs), packed)
     if as_json:
         slots = {one.name: n for one, n in zip(budget.blocks, budget.slots(), strict=True)}
         chosen = {
@@ -302,6 +305,7 @@ def _describe_memory(
             "rest": options.dense,
             "kv_cache_dtype": budget.kv_dtype,
             "checkpoint": skeleton.stored().as_dict(),
+            "unpacked_bytes": unpacked,
             "left_out": {
                 group: {"tensors": number, "bytes": size}
                 for group, (number, size) in skeleton.left_out().items()
@@ -317,6 +321,8 @@ def _describe_memory(
     Console().print(estimate_table(budget, start, title))
     Console().print(minimums_line(least, settings), soft_wrap=True)
     Console().print(escape(_stored(skeleton, budget)), soft_wrap=True)
+    if unpacked:
+        Console().print(escape(packing_line(model, unpacked, options.dtype)), soft_wrap=True)
     if unused := _left_out(skeleton):
         Console().print(escape(unused), soft_wrap=True)
     _print_dropout(skeleton.model.config)

@@ -29,8 +29,8 @@ from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.evaluate.loading import locate
 from moefit.folders import cache_root
 from moefit.plan.reference import read_windows
-from moefit.quant.format import FORMATS, Format, parse_format
-from moefit.serve.hf.skeleton import Skeleton, build_skeleton
+from moefit.quant.format import FORMATS, NATIVE, Format, parse_format
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton, held_formats
 from moefit.serve.memory.budget import format_bytes, parse_bytes
 from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
 from moefit.serve.packed.calibrate import CalibrationText
@@ -38,7 +38,7 @@ from moefit.serve.packed.kept import KINDS, Entry, entries, find, remove, remove
 from moefit.serve.prediction.fit_probes import ProbeResult, fit_probes, refuse_unpredictable
 from moefit.serve.prediction.probes import DEPTHS
 
-_FORMATS = [name for name, format in FORMATS.items() if format.is_encoded]
+_FORMATS = [NATIVE.name, *(name for name, format in FORMATS.items() if format.is_encoded)]
 _DEFAULT = "int8,int4"
 
 cache = typer.Typer(no_args_is_help=True, help=COMMANDS["cache"][1])
@@ -53,7 +53,8 @@ def pack_model(
     formats: Annotated[
         str | None,
         option(
-            f"Formats, separated by commas: {', '.join(_FORMATS)}. Default: "
+            f"Formats, separated by commas: {', '.join(_FORMATS)}. {NATIVE.name}: a quantised "
+            f"checkpoint's own codes, the default for those that slots can hold. Other defaults: "
             f"{_DEFAULT}, with --check all that are packed, and with --probes none."
         ),
     ] = None,
@@ -82,22 +83,11 @@ def pack_model(
     as_json: Json = False,
 ) -> None:
     """Skip files that are finished, so that an interrupted run resumes."""
-    if check and force:
-        raise ConfigError("--check changes nothing and --force encodes again; give one of them")
-    if check and text is not None:
-        raise ConfigError("--check changes nothing and --text is for encoding; give one of them")
-    if memory is not None and text is None:
-        raise ConfigError(
-            "--memory limits calibration on a text, and none is given; packing itself holds one "
-            "expert at a time; leave it out, or give --text"
-        )
-    if probes and text is None:
-        raise ConfigError(
-            "--probes are fitted on a text, and none is given; give --text FILE with one like that "
-            "to be served"
-        )
-    chosen = _formats(formats if formats is not None or check or probes else _DEFAULT)
+    _refuse_combinations(check=check, force=force, text=text, memory=memory, probes=probes)
     skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
+    if formats is None and not check and not probes:
+        formats = _default(skeleton, calibrated=text is not None)
+    chosen = _formats(formats)
     if check:
         _check(skeleton, chosen, as_json=as_json)
         return
@@ -114,6 +104,25 @@ def pack_model(
     if as_json:
         found = {} if fitted is None else {"probes": fitted.as_dict()}
         print_json(({} if made is None else made.as_dict()) | found)
+
+
+def _refuse_combinations(
+    *, check: bool, force: bool, text: Path | None, memory: str | None, probes: bool
+) -> None:
+    if check and force:
+        raise ConfigError("--check changes nothing and --force encodes again; give one of them")
+    if check and text is not None:
+        raise ConfigError("--check changes nothing and --text is for encoding; give one of them")
+    if memory is not None and text is None:
+        raise ConfigError(
+            "--memory limits calibration on a text, and none is given; packing itself holds one "
+            "expert at a time; leave it out, or give --text"
+        )
+    if probes and text is None:
+        raise ConfigError(
+            "--probes are fitted on a text, and none is given; give --text FILE with one like that "
+            "to be served"
+        )
 
 
 def fit_model_probes(
@@ -196,7 +205,10 @@ def _say_result(made: PackResult) -> None:
     )
     of = "outputs'" if made.text else "weights'"
     for name, error in made.relative_errors.items():
-        say(f"{name}: squared error {error:.2e} of the {of} squares, mean over experts")
+        if name == NATIVE.name:
+            say(f"{name}: the checkpoint's own codes, as slots hold them")
+        else:
+            say(f"{name}: squared error {error:.2e} of the {of} squares, mean over experts")
 
 
 def _check(skeleton: Skeleton, chosen: Sequence[Format] | None, *, as_json: bool) -> None:
@@ -212,6 +224,11 @@ def _check(skeleton: Skeleton, chosen: Sequence[Format] | None, *, as_json: bool
             f"sound: {found.experts:,} experts in {', '.join(found.formats)}, {found.files} files, "
             f"{format_bytes(found.bytes_read)}: {found.folder}"
         )
+
+
+def _default(skeleton: Skeleton, *, calibrated: bool) -> str:
+    own = held_formats(skeleton.blocks) and not calibrated
+    return NATIVE.name if own else _DEFAULT
 
 
 def _formats(text: str | None) -> list[Format] | None:

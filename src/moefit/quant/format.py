@@ -357,6 +357,11 @@ def slot_kind(format: Format, specs: Specs) -> str:
     return "+".join([format.name, *(str(one.stored) for one in specs.values() if one.stored)])
 
 
+def keeps_codes(format: Format, specs: Specs) -> bool:
+    """Return whether slots of a format hold codes of a quantised checkpoint as they are."""
+    return format == NATIVE and any(spec.stored is not None for spec in specs.values())
+
+
 def is_matrix(spec: TensorSpec) -> bool:
     """Return whether encoded formats encode this tensor, rather than copying it."""
     return len(spec.shape) == 2 and spec.dtype.is_floating_point

@@ -22,6 +22,7 @@ from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.estimate import PlacementBudget, held_bytes, peak_held_bytes
+from moefit.serve.packed.store import unpacked_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,7 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
     `process_bytes` and its peak are the resident set of the process, or on a GPU the memory that
     torch has reserved. `load_seconds` is the sum over concurrent `loads`. `load_failures` counts
     failed reads, on demand and in the background; `loads_failing` tells whether reading fails now.
+    `unpacked_bytes` is what packing the checkpoint's own codes would write, if it helps.
     Keys `host_...` exist on a GPU only (`HostCache.report`).
     """
     blocks, shared, device = parts.blocks, parts.shared, parts.model.device
@@ -132,6 +134,10 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "checkpoint": parts.stored.as_dict(),
         "adapter": parts.adapter,
         "packed_ignored": list(parts.store.packed.ignored),
+        "unpacked_bytes": unpacked_bytes(
+            ((one.block, one.format, one.slot_table.num_slots) for one in blocks.values()),
+            parts.store.packed,
+        ),
         "calibrated_on": parts.store.packed.texts,
         "bytes_read": parts.store.bytes_read,
         "loads": shared.transfer.loads,

@@ -1,9 +1,9 @@
 """Read experts from storage into slots in host memory.
 
-Byte ranges are read directly into the slot where the checkpoint's layout allows it, and codes of a
-quantised one are copied as they are where slots can hold them; other layouts go through
-transformers' own conversion. If the slot's format is not the checkpoint's, the expert
-comes from the packed store if that has it, and is encoded while reading otherwise.
+What is packed is read as it is. From the checkpoint, byte ranges are read directly into the slot
+where the layout allows it, and codes of a quantised one are copied as they are where slots can hold
+them; other layouts go through transformers' own conversion. Experts in formats of integers are then
+encoded.
 """
 
 import threading
@@ -34,7 +34,7 @@ class ExpertStore:
         checkpoint: The model's files.
         experts: By block name, where each expert's bytes are.
         blocks: The MoE blocks by name.
-        packed: Experts in other formats, already encoded.
+        packed: Experts that were written as slots hold them.
     """
 
     def __init__(
@@ -67,16 +67,19 @@ class ExpertStore:
             formats: By block name, the format of its slots.
         """
         encoded = {block: format for block, format in formats.items() if format.is_encoded}
-        if not encoded:
-            return "checkpoint"
-        packed = sum(self.packed.has(block, format) for block, format in encoded.items())
-        if packed in (0, len(encoded)):
-            return "packed" if packed else "encoded while reading"
-        return f"packed, but encoded while reading in {len(encoded) - packed} of {len(encoded)}"
+        otherwise = "encoded while reading" if encoded else "checkpoint"
+        asked = encoded or formats
+        missing = sum(not self.packed.has(block, format) for block, format in asked.items())
+        if missing == len(asked):
+            return otherwise
+        if not missing:
+            return "packed"
+        how = otherwise if encoded else f"from the {otherwise}"
+        return f"packed, but {how} in {missing} of {len(asked)}"
 
     def files(self, block: str, format: Format) -> set[Path]:
         """Return the files from which a block's experts of this format are read."""
-        if format.is_encoded and self.packed.has(block, format):
+        if self.packed.has(block, format):
             return {self.packed.path(block, format)}
         return {span.path for source in self._experts[block] for span in source.spans}
 
@@ -89,10 +92,10 @@ class ExpertStore:
         """
         source = self._experts[block][expert]
         count = source.nbytes
-        if not into.format.is_encoded:
-            source.read_into(self._checkpoint, _targets(into))
-        elif self.packed.has(block, into.format):
+        if self.packed.has(block, into.format):
             count = self.packed.read(block, expert, into)
+        elif not into.format.is_encoded:
+            source.read_into(self._checkpoint, _targets(into))
         else:
             self.encode(block, expert, self.native(block, expert), into)
         with self._lock:

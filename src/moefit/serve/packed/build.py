@@ -1,7 +1,8 @@
 """Build and verify a packed store.
 
-`pack` reads every expert once from the checkpoint, encodes it in each format and writes one file
-per block and format. Files are written under a temporary name and renamed when complete.
+`pack` reads every expert from the checkpoint, encodes it in each format, or keeps its codes, and
+writes one file per block and format. Files are written under a temporary name and renamed when
+complete.
 `check_packed` compares every packed expert with its checksum.
 """
 
@@ -14,12 +15,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import exclusive_folder
 from moefit.moe.families import MoeBlock, Tensors, TensorSpec
-from moefit.quant.format import FORMATS, Format, is_matrix
+from moefit.quant.format import FORMATS, NATIVE, Format, Weights, is_matrix
 from moefit.quant.gptq import CalibratedExpert
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.hf.skeleton import Skeleton
@@ -40,7 +42,7 @@ from moefit.serve.packed.file import (
     PackedWriter,
     file_bytes,
 )
-from moefit.serve.packed.store import PackedLocation
+from moefit.serve.packed.store import PackedLocation, can_be_packed
 
 Progress = Callable[[int, int], None]
 """Callback with the bytes (or windows) done and in total."""
@@ -60,7 +62,7 @@ class PackResult:
         bytes_written: Bytes of the files written.
         seconds: Duration.
         relative_errors: Mean error over all experts by format: |W - W^|^2 / |W|^2 of weights, or
-            with calibration |y - y^|^2 / |y|^2 of outputs.
+            with calibration |y - y^|^2 / |y|^2 of outputs; 0 where codes are kept.
     """
 
     folder: Path
@@ -91,7 +93,8 @@ def pack(
 
     Args:
         skeleton: The model.
-        formats: Formats to pack, other than native.
+        formats: Formats to pack. Native is for checkpoints whose codes slots hold as they are, and
+            then packed for the blocks that have such experts.
         calibration: Encode experts to minimise the error of their outputs on this text. Files
             packed without it, or with another text, are replaced. If None, existing files are kept
             whatever they were calibrated on.
@@ -105,17 +108,9 @@ def pack(
             files are kept, and the next call continues from there.
     """
     for format in formats:
-        if not format.is_encoded:
-            raise ConfigError(
-                "native experts are read from the checkpoint itself and need no packing; give "
-                "formats such as int8 or int4"
-            )
+        _check_packable(format, skeleton)
         if calibration and not format.uses_calibration:
-            raise ConfigError(
-                f"{format.name} rounds to nearest, whatever the text; give "
-                f"{format.name.removesuffix('-nearest')} to have it calibrated, or pack "
-                f"{format.name} without a text"
-            )
+            raise _uncalibrated(format)
     location = PackedLocation(skeleton)
     busy = (
         f"another process is packing this model into {location.folder}; wait for it to end, then "
@@ -134,6 +129,31 @@ def pack(
         if calibration:
             shutil.rmtree(location.folder / RECORDING, ignore_errors=True)
         return result
+
+
+def _check_packable(format: Format, skeleton: Skeleton) -> None:
+    """Raise ConfigError if no block's slots of a format differ from what the checkpoint has."""
+    if any(can_be_packed(format, block) for block in skeleton.blocks):
+        return
+    stored = "/".join(skeleton.stored().experts)
+    why = f": slots hold values of {stored}, not its codes" if format == NATIVE else ""
+    raise ConfigError(
+        f"{format.name} experts are read from the checkpoint itself and need no packing{why}; give "
+        "formats such as int8 or int4"
+    )
+
+
+def _uncalibrated(format: Format) -> ConfigError:
+    if not format.is_encoded:
+        return ConfigError(
+            f"{format.name} keeps the checkpoint's codes, whatever the text; pack it without a "
+            "text, or give formats such as int4 to have them calibrated"
+        )
+    return ConfigError(
+        f"{format.name} rounds to nearest, whatever the text; give "
+        f"{format.name.removesuffix('-nearest')} to have it calibrated, or pack {format.name} "
+        "without a text"
+    )
 
 
 class _PackJob:
@@ -155,12 +175,15 @@ class _PackJob:
         self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
         self._formats = list({format.name: format for format in formats}.values())
         self._todo = {
-            index: [f for f in self._formats if force or not self._exists(f, index)]
+            index: [f for f in self._possible(index) if force or not self._exists(f, index)]
             for index in range(len(skeleton.blocks))
         }
 
     def close(self) -> None:
         self._store.close()
+
+    def _possible(self, index: int) -> list[Format]:
+        return [f for f in self._formats if can_be_packed(f, self._skeleton.blocks[index])]
 
     def _exists(self, format: Format, index: int) -> bool:
         try:
@@ -203,12 +226,14 @@ class _PackJob:
     def run(self, progress: Progress) -> PackResult:
         began, done = perf_counter(), 0
         sources = [self._skeleton.map.experts[block.name] for block in self._skeleton.blocks]
-        total = sum(s.nbytes for index, some in self._todo.items() if some for s in sources[index])
+        total = sum(
+            _passes(some) * s.nbytes for index, some in self._todo.items() for s in sources[index]
+        )
         result = PackResult(folder=self._location.folder, replaced=self._replaced)
         result.text = self._calibration.text if self._calibration else ""
         progress(0, total)
         for index, formats in self._todo.items():
-            result.skipped += len(self._formats) - len(formats)
+            result.skipped += len(self._possible(index)) - len(formats)
             if not formats:
                 continue
 
@@ -227,7 +252,7 @@ class _PackJob:
     def _pack_block(
         self, index: int, formats: Sequence[Format], report: Callable[[int], None]
     ) -> None:
-        """Write one block's files of all formats together, so that each expert is read once."""
+        """Write one block's files of all formats together, so that each expert is decoded once."""
         block = self._skeleton.blocks[index]
         specs = block.layout.specs
         slots = [allocate_slot(format, specs, torch.device("cpu")) for format in formats]
@@ -239,16 +264,31 @@ class _PackJob:
                     for slot in slots
                 ]
                 for expert, source in enumerate(self._skeleton.map.experts[block.name]):
-                    native = self._store.native(block.name, expert)
-                    _check_finite(native, specs, block.name, expert)
-                    errors = self._encode(block, expert, native, slots, inputs)
+                    errors = self._fill(block, expert, slots, inputs)
                     for slot, writer, error in zip(slots, writers, errors, strict=True):
                         writer.write(bytes_of(slot.buffer_B), error)
-                    report(source.nbytes)
+                    report(_passes(formats) * source.nbytes)
                 for writer in writers:
                     writer.commit()
         except OSError as error:
             raise self._write_error(error, index, formats) from error
+
+    def _fill(
+        self, block: MoeBlock, expert: int, slots: Sequence[Slot], inputs: BlockInputs | None
+    ) -> list[float]:
+        """Fill the slots with an expert; return its relative error in each format."""
+        specs = block.layout.specs
+        errors = dict.fromkeys(slots, 0.0)
+        for slot in slots:
+            if not slot.format.is_encoded:
+                self._store.read(block.name, expert, slot)
+                _check_finite(slot.tensors, specs, block.name, expert)
+        if encoded := [slot for slot in slots if slot.format.is_encoded]:
+            native = self._store.native(block.name, expert)
+            _check_finite(native, specs, block.name, expert)
+            found = self._encode(block, expert, native, encoded, inputs)
+            errors |= zip(encoded, found, strict=True)
+        return list(errors.values())
 
     def _encode(
         self,
@@ -278,7 +318,8 @@ class _PackJob:
         return PackedWriter(path, self._metadata(slot.format, index), num_experts, slot.nbytes)
 
     def _mean_error(self, format: Format) -> float:
-        files = [self._location.open(format, index) for index in self._todo]
+        indices = [index for index in self._todo if format in self._possible(index)]
+        files = [self._location.open(format, index) for index in indices]
         errors = [error for file in files for error in file.relative_errors]
         return sum(errors) / len(errors)
 
@@ -304,12 +345,20 @@ _FREE_SPACE = (
 )
 
 
+def _passes(formats: Sequence[Format]) -> int:
+    """Return how often an expert is read: to decode it, and to keep its codes."""
+    return len({format.is_encoded for format in formats})
+
+
 def _check_finite(
-    native: Tensors, specs: Mapping[str, TensorSpec], block: str, expert: int
+    weights: Weights, specs: Mapping[str, TensorSpec], block: str, expert: int
 ) -> None:
-    """Raise CheckpointError if biases are not finite; matrices are checked when encoded."""
+    """Raise CheckpointError if biases are not finite; matrices are checked when encoded or read."""
     for short, spec in specs.items():
-        if not is_matrix(spec) and not bool(native[short].isfinite().all()):
+        value = weights[short]
+        if is_matrix(spec) or not isinstance(value, Tensor):
+            continue
+        if not bool(value.isfinite().all()):
             raise CheckpointError(
                 f"expert {expert} of {block}: {short} has weights that are not finite; copy or "
                 "download the checkpoint again"
@@ -356,6 +405,8 @@ def check_packed(
     files: list[PackedFile] = []
     for format in chosen:
         for index, block in enumerate(skeleton.blocks):
+            if not can_be_packed(format, block):
+                continue
             if not location.path(format, index).is_file():
                 result.problems.append(f"{block.name} is not packed in {format.name}")
                 continue

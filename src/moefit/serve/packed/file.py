@@ -41,6 +41,7 @@ class PackedMetadata:
         source: Folder of the checkpoint.
         calibration: Digest of the calibration text; empty without calibration.
         text: Name of the calibration text, for display; empty without calibration.
+        codes: Which codes of the checkpoint are kept, by tensor; empty if experts are encoded.
     """
 
     fingerprint: str
@@ -51,6 +52,12 @@ class PackedMetadata:
     source: str
     calibration: str = ""
     text: str = ""
+    codes: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The codes that are kept, or the encoder."""
+        return self.codes or self.encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,7 @@ class PackedFile:
         return (
             f"{self.path} is damaged: expert {expert} of {self.metadata.block} does not match "
             f"its checksum; pack {self.metadata.format} again with `moefit pack --force`, or "
-            "remove the file: its experts are then encoded from the checkpoint when they are read"
+            "remove the file: its experts are then read from the checkpoint"
         )
 
 

@@ -1,4 +1,4 @@
-"""Packed store: a checkpoint's experts in the formats of slots, written once by `moefit pack`.
+"""Packed store: a checkpoint's experts as slots hold them, written once by `moefit pack`.
 
 Finds the packed files of a checkpoint, checks that they were made from it, and reads experts into
 slots with one positional read each. A checksum verifies the first read of each expert. Files that
@@ -18,7 +18,8 @@ from moefit.checkpoint.safetensors import Span, SpanReader, bytes_of
 from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
 from moefit.folders import cache_root, is_gguf
-from moefit.quant.format import Format
+from moefit.moe.families import MoeBlock
+from moefit.quant.format import NATIVE, Format, keeps_codes
 from moefit.serve.cache.slot import Slot
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed
@@ -100,6 +101,34 @@ class PackedStore:
         self._reader.close()
 
 
+def can_be_packed(format: Format, block: MoeBlock) -> bool:
+    """Return whether a block's slots of a format differ from what the checkpoint has.
+
+    Codes of a quantised checkpoint lie in several tensors there, and in another order.
+    """
+    return format.is_encoded or keeps_codes(format, block.layout.specs)
+
+
+def unpacked_bytes(blocks: Iterable[tuple[MoeBlock, Format, int]], packed: PackedStore) -> int:
+    """Return what packing a checkpoint's own codes would write, if that makes reading faster.
+
+    Args:
+        blocks: Each with the format and the number of its slots.
+        packed: What is packed already.
+
+    Returns:
+        Bytes of files; 0 if there are no such codes, or they are packed or in memory.
+    """
+    unpacked = [
+        (block, slots < block.num_experts)
+        for block, format, slots in blocks
+        if keeps_codes(format, block.layout.specs) and not packed.has(block.name, format)
+    ]
+    if not any(is_read for _, is_read in unpacked):
+        return 0
+    return sum(block.num_experts * NATIVE.nbytes(block.layout.specs) for block, _ in unpacked)
+
+
 def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
     """Return the packed store of a checkpoint, which may be empty.
 
@@ -107,19 +136,24 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
         skeleton: The model; its dtype must be the one that was packed.
         formats: Formats to look for.
     """
-    wanted = [format for format in formats if format.is_encoded]
-    if not wanted:
+    wanted = [
+        (format, index, block)
+        for format in formats
+        if format.is_encoded or next(packed_root().glob(f"*/{format.name}"), None)
+        for index, block in enumerate(skeleton.blocks)
+        if can_be_packed(format, block)
+    ]
+    if not wanted:  # the fingerprint need not be computed
         return PackedStore({})
     location = PackedLocation(skeleton)
     files: dict[tuple[str, str], PackedFile] = {}
     ignored: list[str] = []
-    for format in wanted:
-        for index, block in enumerate(skeleton.blocks):
-            try:
-                if location.path(format, index).is_file():
-                    files[block.name, format.name] = location.open(format, index)
-            except (CheckpointError, OSError) as error:  # OSError: no permission, for example
-                ignored.append(str(error))
+    for format, index, block in wanted:
+        try:
+            if location.path(format, index).is_file():
+                files[block.name, format.name] = location.open(format, index)
+        except (CheckpointError, OSError) as error:  # OSError: no permission, for example
+            ignored.append(str(error))
     if not files and not ignored:
         ignored = outdated(location)
     return PackedStore(files, tuple(ignored))
@@ -154,6 +188,7 @@ class PackedLocation:
             dtype=self._dtype,
             block=self._skeleton.blocks[index].name,
             source=self.source,
+            codes=_codes(format, self._skeleton.blocks[index]),
         )
 
     def open(self, format: Format, index: int) -> PackedFile:
@@ -174,12 +209,26 @@ class PackedLocation:
         if not same or [span.nbytes for span in file.spans] != sizes:
             raise CheckpointError(
                 f"{file.path} holds {len(file.spans)} experts of {file.metadata.block} in "
-                f"{file.metadata.format} ({file.metadata.encoder}) from {file.metadata.dtype}, not "
-                f"{len(sizes)} of {block.name} in {expected.format} ({expected.encoder}) from "
+                f"{file.metadata.format} ({file.metadata.kind}) from {file.metadata.dtype}, not "
+                f"{len(sizes)} of {block.name} in {expected.format} ({expected.kind}) from "
                 f"{expected.dtype}, of {sizes[0]:,} bytes each; it is not used, `moefit pack` "
                 "replaces it"
             )
         return file
+
+
+def _codes(format: Format, block: MoeBlock) -> str:
+    """Return which codes of the checkpoint slots hold, by tensor; empty for other formats.
+
+    A later version may hold more of a checkpoint's formats as they are.
+    """
+    if not keeps_codes(format, block.layout.specs):
+        return ""
+    held = ((name, spec.stored) for name, spec in block.layout.specs.items() if spec.stored)
+    return ", ".join(
+        f"{name}: {one.codes} with {one.scales} of {one.group}{' and zeros' * one.zeros}"
+        for name, one in held
+    )
 
 
 def packed_root() -> Path:
