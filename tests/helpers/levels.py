@@ -57,6 +57,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def largest_integer(bits: int) -> int:
+    """Return the integer that a group's largest activation becomes where weights have `bits`."""
+    return 127 if bits <= 4 else 127 * 128
+
+
 def at_level(level: str):
     """Return the level as a test parameter that is skipped if it is missing."""
     reason = missing(level)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, at, compiled, levels, normal
+from levels import HERE, at, compiled, largest_integer, levels, normal
 from torch import Tensor
 
 from moefit.moe.scoring import ScoringRule
@@ -120,8 +120,8 @@ def step(
 
 
 def close(one: Tensor, other: Tensor, shape: Shape) -> None:
-    """Products with integers round activations to 15 bits."""
-    rounding = ROUNDING[one.dtype] + (2**-13 if shape.bits else 0)
+    """Products with integers round activations, several times one after the other."""
+    rounding = ROUNDING[one.dtype] + (3 / largest_integer(shape.bits) if shape.bits else 0)
     allowed = rounding * float(other.abs().max())
     torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=allowed)
 

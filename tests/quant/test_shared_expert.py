@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, at, compiled, levels, normal
+from levels import HERE, at, compiled, largest_integer, levels, normal
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,7 +66,9 @@ def test_one_call_is_the_reference(level: str, dtype: torch.dtype, bits: int | N
         made = SharedExpertKernel(at(level), shared).add(x_TD, y_TD.clone())
         assert torch.equal(made, y_TD + one_by_one(at(level), shared, x_TD))
         wanted = y_TD + plain_shared_expert(shared, x_TD)
-        rounding = (2**-6 if dtype == torch.bfloat16 else 1e-5) + (2**-12 if bits else 0)
+        rounding = (2**-6 if dtype == torch.bfloat16 else 1e-5) + (
+            3 / largest_integer(bits) if bits else 0
+        )
         allowed = rounding * float(wanted.abs().max())
         torch.testing.assert_close(made.float(), wanted.float(), rtol=0, atol=allowed)
 

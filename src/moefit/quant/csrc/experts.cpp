@@ -75,26 +75,47 @@ void clamped_units(const float *pairs, int64_t number, bool bfloat16, float *h) 
     }
 }
 
-// Activations in the forms that kernels use, `cols` each.
+// Activations as integers of one width.
+class Integers {
+public:
+    Integers(int64_t number, int64_t groups, bool bytes)
+        : bytes_(bytes), groups_(groups), digits_(number * groups * digit_bytes(bytes)), scale_(number * groups),
+          sum_(scale_.size()), halves_(2 * scale_.size()) {}
+
+    bool empty() const { return digits_.empty(); }
+
+    // Convert floats padded with zeros to whole groups.
+    void set(const Level &level, int64_t i, const float *x, Input &to) {
+        int64_t at = i * groups_, step = digit_bytes(bytes_);
+        to.digits = &digits_[at * step], to.scale = &scale_[at], to.sum = &sum_[at], to.halves = &halves_[2 * at];
+        for (int64_t g = 0; g < groups_; g++, at++)
+            level.integers(x + g * GROUP, bytes_, &digits_[at * step], &scale_[at], &sum_[at], &halves_[2 * at]);
+    }
+
+private:
+    bool bytes_;
+    int64_t groups_;
+    std::vector<int8_t> digits_;
+    std::vector<float> scale_, sum_;
+    std::vector<int32_t> halves_;
+};
+
+// Activations in the forms that some matrices need, `cols` each.
 class Inputs {
 public:
-    Inputs(const Level &level, int64_t number, int64_t cols, int64_t kind, bool digits)
-        : level_(level), cols_(cols), groups_(groups_of(cols)), kind_(kind), digits_(digits ? number * groups_ * 2 * GROUP : 0),
-          scale_(digits ? number * groups_ : 0), sum_(scale_.size()), halves_(2 * scale_.size()), inputs_(number) {}
+    Inputs(const Level &level, int64_t number, int64_t cols, int64_t kind, bool words, bool bytes)
+        : level_(level), cols_(cols), groups_(groups_of(cols)), kind_(kind), words_(words ? number : 0, groups_, false),
+          bytes_(bytes ? number : 0, groups_, true), inputs_(number), with_bytes_(bytes ? number : 0) {}
 
-    // May be one past the last, for an expert without rows.
-    const Input *operator[](int64_t i) const { return inputs_.data() + i; }
+    // From input i on, in the form for a matrix. May be one past the last, for an expert without rows.
+    const Input *at(const Matrix &m, int64_t i) const { return (has_bytes(m) ? with_bytes_ : inputs_).data() + i; }
 
     // From floats padded with zeros to whole groups and, if the model's activations are bfloat16, the same values in
     // it. Both must stay valid.
     void set(int64_t i, const float *x, const uint16_t *bfloat16) {
-        int64_t at = i * groups_;
         inputs_[i] = {x, bfloat16, nullptr, nullptr, nullptr, nullptr};
-        if (digits_.empty()) return;
-        int8_t *digits = &digits_[at * 2 * GROUP];
-        inputs_[i] = {x, bfloat16, digits, &scale_[at], &sum_[at], &halves_[2 * at]};
-        for (int64_t g = 0; g < groups_; g++, at++)
-            level_.integers(x + g * GROUP, digits + g * 2 * GROUP, &scale_[at], &sum_[at], &halves_[2 * at]);
+        if (!bytes_.empty()) bytes_.set(level_, i, x, with_bytes_[i] = inputs_[i]);
+        if (!words_.empty()) words_.set(level_, i, x, inputs_[i]);
     }
 
     // From token i of x. `floats` has room for all tokens, or is empty if products read bfloat16 or digits.
@@ -102,7 +123,7 @@ public:
         static thread_local std::vector<float> row;
         const char *at = (const char *)x + i * cols_ * (kind_ == BF16 ? 2 : 4);
         const uint16_t *bfloat16 = kind_ == BF16 ? (const uint16_t *)at : nullptr;
-        if (floats.empty() && digits_.empty()) {
+        if (floats.empty() && words_.empty() && bytes_.empty()) {
             inputs_[i] = {nullptr, bfloat16, nullptr, nullptr, nullptr, nullptr};
             return;
         }
@@ -110,7 +131,9 @@ public:
         float *mine = floats.empty() ? row.data() : &floats[i * groups_ * GROUP];
         level_.widen(at, kind_, cols_, mine, groups_ * GROUP);
         set(i, mine, bfloat16);
-        if (floats.empty()) inputs_[i].x = nullptr;
+        if (!floats.empty()) return;
+        inputs_[i].x = nullptr;
+        if (!bytes_.empty()) with_bytes_[i].x = nullptr;
     }
 
     // From all tokens of x.
@@ -124,10 +147,8 @@ public:
 private:
     const Level &level_;
     int64_t cols_, groups_, kind_;
-    std::vector<int8_t> digits_;
-    std::vector<float> scale_, sum_;
-    std::vector<int32_t> halves_;
-    std::vector<Input> inputs_;
+    Integers words_, bytes_;
+    std::vector<Input> inputs_, with_bytes_;
 };
 
 // The tokens of several products, each packed for its matrix.
@@ -177,20 +198,20 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
     if (!tokens) return;
     int64_t cols = products->m->cols, slice = std::max(2 * BLOCK, SLICE / cols / (2 * BLOCK) * 2 * BLOCK);
     int64_t slices = (tokens + slice - 1) / slice;
-    bool digits = false, floats_needed = false;
+    bool words = false, bytes = false, floats_needed = false;
     std::vector<int64_t> chunk(number), first(number + 1);  // rows of an item, and the number of items before a product's
     for (int64_t n = 0; n < number; n++) {
         const Matrix &m = *products[n].m;
-        digits |= has_digits(m), floats_needed |= !has_digits(m) && !(use.reads_bfloat16 && m.kind == BF16 && kind == BF16);
+        words |= has_words(m), bytes |= has_bytes(m), floats_needed |= !has_digits(m) && !(use.reads_bfloat16 && m.kind == BF16 && kind == BF16);
         chunk[n] = chunk_of(m.rows, tokens), first[n + 1] = first[n] + slices * ((m.rows + chunk[n] - 1) / chunk[n]);
     }
-    Inputs inputs(use, tokens, cols, kind, digits);
+    Inputs inputs(use, tokens, cols, kind, words, bytes);
     std::vector<float> floats(floats_needed ? tokens * groups_of(cols) * GROUP : 0);
     Panels panels(use);
     auto write = tokens > 2 * BLOCK ? use.narrow_past : use.narrow;
     inputs.set_all(x_TI, floats);
     for (int64_t n = 0; n < number; n++)
-        for (int64_t t = 0; t < tokens; t += slice) panels.add(*products[n].m, inputs[t], std::min(slice, tokens - t));
+        for (int64_t t = 0; t < tokens; t += slice) panels.add(*products[n].m, inputs.at(*products[n].m, t), std::min(slice, tokens - t));
     each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
     each(first[number], [&](int64_t item) {
         static thread_local std::vector<float> made;
@@ -217,7 +238,7 @@ extern "C" {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 19; }
+int64_t moefit_version() { return 20; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -292,8 +313,9 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     int64_t I = activation == CLAMPED ? F : experts[0].in.rows;  // rows of `in`, or pairs of them
     int64_t i_chunk = chunk_of(number * I, routed / number), d_chunk = chunk_of(number * D, routed / number);
     int64_t i_chunks = (I + i_chunk - 1) / i_chunk, d_chunks = (D + d_chunk - 1) / d_chunk;
-    bool digits = std::any_of(experts, experts + number, [](const Expert &e) { return has_digits(e.in) || has_digits(e.down); });
-    Inputs tokens(use, T, experts[0].in.cols, kind, digits), hidden(use, routed, F, kind, digits);
+    bool words = std::any_of(experts, experts + number, [](const Expert &e) { return has_words(e.in) || has_words(e.down); });
+    bool bytes = std::any_of(experts, experts + number, [](const Expert &e) { return has_bytes(e.in) || has_bytes(e.down); });
+    Inputs tokens(use, T, experts[0].in.cols, kind, words, bytes), hidden(use, routed, F, kind, words, bytes);
     bool pairs = use.reads_bfloat16 && kind == BF16 &&
                  std::all_of(experts, experts + number, [](const Expert &e) { return e.in.kind == BF16; });
     std::vector<float> floats(pairs ? 0 : T * groups_of(experts[0].in.cols) * GROUP);
@@ -303,8 +325,11 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
     std::vector<float *> h(routed), y(routed);
     for (int64_t r = 0; r < routed; r++) h[r] = h_RQ + r * Q, y[r] = y_RD + r * D;
     tokens.set_all(x_TD, floats);
-    for (int64_t r = 0; r < routed; r++) x[r] = *tokens[token_R ? token_R[r] : 0];
-    for (int64_t n = 0; n < number; n++) panels.add(experts[n].in, x.data() + experts[n].first, experts[n].rows);
+    for (int64_t n = 0; n < number; n++) {
+        const Expert &e = experts[n];
+        for (int64_t r = e.first; r < e.first + e.rows; r++) x[r] = *tokens.at(e.in, token_R ? token_R[r] : 0);
+        panels.add(e.in, x.data() + e.first, e.rows);
+    }
     each(panels.allocate(), [&](int64_t i) { panels.pack(i); });
     each(number * i_chunks, [&](int64_t item) {
         const Expert &e = experts[item / i_chunks];
@@ -322,7 +347,7 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
         if (kind == BF16) use.narrow(h[r], F, &halves[r * F]);
         hidden.set(r, h[r], kind == BF16 ? &halves[r * F] : nullptr);
     });
-    for (int64_t n = 0; n < number; n++) hidden_panels.add(experts[n].down, hidden[experts[n].first], experts[n].rows);
+    for (int64_t n = 0; n < number; n++) hidden_panels.add(experts[n].down, hidden.at(experts[n].down, experts[n].first), experts[n].rows);
     each(hidden_panels.allocate(), [&](int64_t i) { hidden_panels.pack(i); });
     each(number * d_chunks, [&](int64_t item) {
         const Expert &e = experts[item / d_chunks];

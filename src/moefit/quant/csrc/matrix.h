@@ -25,13 +25,13 @@ struct Matrix {
     int64_t rows, cols, kind;
 };
 
-// One token's activations, padded with zeros to whole groups. For integer products also as 15-bit
-// integers 128 * high + low with a scale per group; their error is negligible beside the weights'
-// own rounding.
+// One token's activations, padded with zeros to whole groups. For integer products also as integers 128 * high +
+// low with a scale per group: of 15 bits, or of 8 without low parts for weights of so few bits that the error of
+// activations is small beside that of their own rounding (has_bytes).
 struct Input {
     const float *x;
     const uint16_t *bfloat16;  // the same values, not padded; null if the model's activations are float32
-    const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; null if not needed
+    const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; or high parts alone; or null
     const float *scale;        // of the group's integers
     const float *sum;          // of the group's values as the integers represent them
     const int32_t *halves;     // sums of the integers of the first and of the last 32 inputs of the group
@@ -63,6 +63,15 @@ inline uint16_t to_bfloat16(float x) {
 
 // Whether products are of integers.
 inline bool has_digits(const Matrix &m) { return m.meta && m.kind != FP8; }
+
+// Whether activations of products with a kind of grouped integers have 8 bits.
+constexpr bool takes_bytes(int64_t kind) { return kind <= INT4; }
+inline bool has_bytes(const Matrix &m) { return has_digits(m) && !is_scaled(m.kind) && takes_bytes(m.kind); }
+
+// Bytes of a group of a token's digits.
+constexpr int64_t digit_bytes(bool bytes) { return bytes ? GROUP : 2 * GROUP; }
+inline bool has_words(const Matrix &m) { return has_digits(m) && !has_bytes(m); }
+inline int64_t digit_bytes(const Matrix &m) { return digit_bytes(has_bytes(m)); }
 
 // Bytes of a weight of a matrix of floats.
 constexpr int64_t float_bytes(int64_t kind) { return kind == F32 ? 4 : kind == FP8 ? 1 : 2; }
@@ -137,8 +146,8 @@ struct Level {
     void (*narrow_past)(const float *, int64_t number, uint16_t *out);
     // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
-    // Convert a group of activations to the integers of `Input`.
-    void (*integers)(const float *x, int8_t *digits, float *scale, float *sum, int32_t *halves);
+    // Convert a group of activations to the integers of `Input`, without low parts if `bytes`.
+    void (*integers)(const float *x, bool bytes, int8_t *digits, float *scale, float *sum, int32_t *halves);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
     void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
     // Round one row of keys or values to INT8 and return its scale.

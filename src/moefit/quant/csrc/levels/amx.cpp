@@ -192,8 +192,19 @@ int64_t in_tiles(const Matrix &m, int64_t tokens) {
     return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens;
 }
 
+// For each block and group a tile of digits of 8 bits, a row per token.
+void pack_bytes(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
+    for (int64_t t = 0; t < tokens; t += WIDTH)
+        for (int64_t g = 0; g < groups_of(m.cols); g++)
+            for (int64_t i = 0; i < WIDTH; i++, packed += GROUP) {
+                if (t + i < tokens) std::memcpy(packed, x[t + i].digits + GROUP * g, GROUP);
+                else std::memset(packed, 0, GROUP);
+            }
+}
+
 // For each block and group a tile of high digits and one of low ones, a row per token.
 void pack_digits(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
+    if (has_bytes(m)) return pack_bytes(m, x, tokens, packed);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     for (int64_t t = 0; t < tokens; t += WIDTH)
@@ -213,20 +224,23 @@ void pack_digits(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packe
 template <int64_t KIND>
 void block_products(const uint8_t *codes, const uint8_t *meta, int64_t groups, const Input *x, int64_t tokens,
                     const uint8_t *digits, float *const *y) {
+    constexpr bool BYTES = takes_bytes(KIND);
     alignas(64) int32_t made[2][2][WIDTH * WIDTH];
     V sum[WIDTH] = {};
     memory_is_read();
-    for (int64_t g = 0; g < groups; g++, codes += GROUP_TILE, digits += 2 * GROUP_TILE) {
+    for (int64_t g = 0; g < groups; g++, codes += GROUP_TILE, digits += WIDTH * digit_bytes(BYTES)) {
         _tile_zero(0);
-        _tile_zero(1);
         _tile_loadd(6, codes, GROUP);
         _tile_loadd(4, digits, GROUP);
-        _tile_loadd(5, digits + GROUP_TILE, GROUP);
         _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 5, 6);
         int32_t *high = made[g % 2][0], *low = made[g % 2][1];
         _tile_stored(0, high, 64);
-        _tile_stored(1, low, 64);
+        if constexpr (!BYTES) {
+            _tile_zero(1);
+            _tile_loadd(5, digits + GROUP_TILE, GROUP);
+            _tile_dpbsud(1, 5, 6);
+            _tile_stored(1, low, 64);
+        }
         V scale = (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)meta)), least;
         if constexpr (KIND == INT8) least = scale * -128.0f;
         else least = (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)meta + 1));
@@ -234,7 +248,8 @@ void block_products(const uint8_t *codes, const uint8_t *meta, int64_t groups, c
 #pragma GCC unroll 16
         for (int64_t t = 0; t < WIDTH; t++) {
             const Input &token = x[t < tokens ? t : 0];
-            VI word = (at_any<VI>(high + t * WIDTH) << 7) + at_any<VI>(low + t * WIDTH);
+            VI word = at_any<VI>(high + t * WIDTH) << 7;
+            if constexpr (!BYTES) word += at_any<VI>(low + t * WIDTH);
             __m512 both = (__m512)__builtin_convertvector(word, V);
             __m512 total = _mm512_fmadd_ps(both, (__m512)(scale * token.scale[g]), (__m512)sum[t]);
             sum[t] = (V)_mm512_fmadd_ps((__m512)least, _mm512_set1_ps(token.sum[g]), total);
@@ -266,7 +281,7 @@ void grouped_dot(const Matrix &m, int64_t first, int64_t last, const Panel &pane
             int64_t number = std::min(WIDTH, panel.tokens - t);
             bool whole = end - begin == SLAB;
             for (int64_t i = 0; i < number; i++) to[i] = whole ? y[t + i] + row : made[i];
-            const uint8_t *digits = panel.packed + t * groups * 2 * GROUP;
+            const uint8_t *digits = panel.packed + t * groups * digit_bytes(takes_bytes(KIND));
             block_products<KIND>(codes, slab.meta, groups, panel.x + t, number, digits, to);
             for (int64_t i = 0; i < number && !whole; i++)
                 std::memcpy(y[t + i] + begin, made[i] + begin - row, 4 * (end - begin));
@@ -287,7 +302,7 @@ void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
     int64_t tiles = in_tiles(m, tokens);
     pack_digits(m, x, tiles, packed);
     if (tiles < tokens)
-        AVX512.pack(m, x + tiles, tokens - tiles, packed + tiles * groups_of(m.cols) * 2 * GROUP);
+        AVX512.pack(m, x + tiles, tokens - tiles, packed + tiles * groups_of(m.cols) * digit_bytes(m));
 }
 
 void dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
@@ -303,7 +318,7 @@ void dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float
         default: grouped_dot<INT8>(m, first, last, some, y);
     }
     if (tiles == panel.tokens) return;
-    Panel rest = {panel.x + tiles, panel.packed + tiles * groups_of(m.cols) * 2 * GROUP, panel.tokens - tiles};
+    Panel rest = {panel.x + tiles, panel.packed + tiles * groups_of(m.cols) * digit_bytes(m), panel.tokens - tiles};
     AVX512.dot(m, first, last, rest, y + tiles);
 }
 

@@ -110,7 +110,7 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 
 static int64_t token_bytes(const Matrix &m, const Input *) {
-    return has_digits(m) ? groups_of(m.cols) * DIGITS : float_token_bytes(m);
+    return has_digits(m) ? groups_of(m.cols) * digit_bytes(m) : float_token_bytes(m);
 }
 
 static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packed) {
