@@ -17,12 +17,14 @@ from typer.testing import CliRunner
 
 import moefit
 from moefit.cli import app
-from moefit.cli.loading import load_served
+from moefit.cli.loading import _explain_plan, load_served
 from moefit.cli.options import ServingOptions
 from moefit.cli.planned import PlanProcess, forbid_with_plan, plan_for, target_of
-from moefit.engine.engine import PROMPT_LOGITS_BYTES
+from moefit.cli.serve import replanner
+from moefit.engine.api import EngineSettings
+from moefit.engine.engine import PROMPT_LOGITS_BYTES, Engine
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, DataError
-from moefit.plan.plan_file import Target, read_plan
+from moefit.plan.plan_file import Plan, Target, read_plan
 from moefit.plan.profile import folder_for, write_profile
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.estimate import memory_budget
@@ -161,8 +163,11 @@ def test_planned_options_match_command(profiled: Path) -> None:
     assert (plan.sequences, plan.prompt_logits) == (16, PROMPT_LOGITS_BYTES)
     assert (plan.memory, plan.context, plan.dtype) == (4 << 30, 64, "bfloat16")
     assert plan.kv_cache == "int8"
+    assert plan.step_tokens == EngineSettings(max_concurrency=16).step_tokens
     assert (plan.target, plan.configuration.dense_precision) == (order.target, "int8")
     floor = json.loads(done.stdout)["floor"]
+    run(*replace(order, step_tokens=40).arguments(file))
+    assert read_plan(file) == replace(plan, step_tokens=40)  # no longer than 64 are reserved as 64
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
     bare = replace(order, concurrency=None, dtype=None, dense_precision=None, target=Target())
@@ -204,6 +209,62 @@ def test_plan_for_fewer_requests_raises(profiled: Path) -> None:
             sequences=10_000_000,
             prompt_logits=PROMPT_LOGITS_BYTES,
         )
+
+
+def saved_plan(file: Path, *options: str) -> Plan:
+    given = ("plan", str(folder()), "--memory", "4GiB", "--context", "128", *options)
+    done = run(*given, "--save", str(file), "--budgets", "0")
+    assert done.exit_code == 0, done.output
+    return read_plan(file)
+
+
+def test_commands_reserve_what_they_compute(
+    profiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server's plan is used by commands that compute prompts whole, and the other way round."""
+    file = profiled / "plan.json"
+    options = ServingOptions(context=128, plan=file)
+    for given in ((), ("--step-tokens", "100"), ("--max-concurrency", "4")):
+        plan = saved_plan(file, *given)
+        assert plan.step_tokens == {"--step-tokens": 100, "--max-concurrency": 132}.get(
+            next(iter(given), "")
+        )
+        for command, tokens in (({}, 128), ({"step_tokens": 100}, 100)):
+            capsys.readouterr()
+            with load_served(str(folder()), options, **command) as served:
+                assert served.budget.step_tokens == tokens
+            noted = "--step-tokens 100" in capsys.readouterr().err
+            assert noted == (tokens == 100 and not given)
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (None, "steps of 80 tokens, as servers compute, and here .* plan without"),
+        (400, "steps of 80 tokens, and this server computes 400: plan with --step-tokens 400"),
+    ],
+)
+def test_plan_for_shorter_steps_raises(profiled: Path, step: int | None, says: str) -> None:
+    plan = saved_plan(profiled / "plan.json", "--step-tokens", "80")
+    chosen = {"sequences": 1, "step_tokens": step}
+    with pytest.raises(BudgetTooSmallError, match=says), _explain_plan(plan, chosen, 0):
+        raise BudgetTooSmallError("too small")
+    chosen["step_tokens"] = 80
+    with pytest.raises(BudgetTooSmallError) as plain, _explain_plan(plan, chosen, 0):
+        raise BudgetTooSmallError("too small")
+    assert str(plain.value) == "too small"
+
+
+def test_server_plans_again_for_its_steps(profiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = saved_plan(profiled / "plan.json", "--step-tokens", "80")
+    asked: list[PlanProcess] = []
+    monkeypatch.setattr(PlanProcess, "run", lambda self: asked.append(self))
+    with moefit.load(folder(), **plan.settings()) as served:
+        settings = EngineSettings(max_concurrency=4, prefill_chunk=100)
+        engine = Engine(served, settings)  # which reserves longer steps than the plan
+        replanner(str(folder()), plan, engine)(1 << 32)
+        assert served.budget.step_tokens == settings.step_tokens == 104
+    assert [one.step_tokens for one in asked] == [104]
 
 
 @pytest.mark.slow

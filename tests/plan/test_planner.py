@@ -70,7 +70,8 @@ def test_server_plan_fits_with_overhead(rest: str) -> None:
             1 << 20,
             rest,
         )
-        reckoned = replace(memory_budget(skeleton, settings), process=process)
+        # As if this process had given back its libraries' pages, which are more than the model.
+        reckoned = replace(memory_budget(skeleton, settings), process=process, unused=0)
         assert reckoned.slots() == tuple(one.slots for one in plan.configuration.placement.values())
         alone = memory_budget(skeleton, replace(settings, sequences=1, prompt_logits=0))
         assert reckoned.workspace > alone.workspace
@@ -125,6 +126,47 @@ def test_int8_kv_cache_leaves_more_for_experts(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.json") == plan
     with moefit.load(folder(), **{**plan.settings(), "memory": None}) as served:
         assert served.budget.kv_dtype == INT8_CACHE
+
+
+@pytest.mark.parametrize("context", [64, 512])
+def test_a_step_leaves_more_for_experts(context: int, tmp_path: Path) -> None:
+    """By what its activations are less than those of a prompt as long as the context."""
+    skeleton, process = build_skeleton(folder()), 1 << 30
+    whole, steps = (
+        Planner(
+            skeleton, profile(noise=0.05), context=context,
+            constraints=PlanConstraints(process=process, step_tokens=number),
+        )
+        for number in (None, 80)
+    )  # fmt: skip
+    plan = steps.plan(steps.slot_budgets.all_resident_bytes)[0]
+    known = {**plan.settings(), "memory": None}
+    settings = LoadSettings(**{one: known[one] for one in known if one in _LOADING})
+    alike = (memory_budget(skeleton, replace(settings, step_tokens=n)) for n in (None, 80))
+    less = -sum(sign * one.workspace for sign, one in zip((-1, 1), alike, strict=True))
+    assert whole.slot_budgets.min_bytes - steps.slot_budgets.min_bytes == less
+    assert (less > 0) == (context > 80) and plan.step_tokens == settings.step_tokens == 80
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+    with moefit.load(folder(), **known) as served:
+        assert served.budget.step_tokens == min(80, context)
+
+
+def test_sequences_of_plans_that_reserve_a_step() -> None:
+    """Longer contexts add keys and values alone."""
+    steps = server_planner(PlanConstraints(process=1 << 30, step_tokens=64))
+    plan = steps.plan(steps.slot_budgets.all_resident_bytes + (64 << 20))[0]
+    assert plan.memory is not None
+    fits = steps.sequences(plan, (64,))[64]
+    config, dtype = planned_model().config, planned_model().dtype
+    token = kv_bytes_per_token(config, dtype)
+    assert steps._per_token(plan.configuration) == token
+
+    def taken(number: int) -> int:
+        budget = steps.slot_budgets.estimate(plan.configuration, context=128, sequences=number)
+        return budget.planned_bytes + 64 * (number - 2) * token
+
+    assert fits > 2 and taken(fits) <= plan.memory < taken(fits + 1)
 
 
 def test_more_memory_never_increases_loss() -> None:
@@ -283,14 +325,14 @@ def test_invalid_plan_raises(tmp_path: Path, content: str, says: str) -> None:
 
 def test_old_plan_is_for_one_request(tmp_path: Path) -> None:
     values = some_plan().as_dict()
-    for name in ("sequences", "prompt_logits", "promise", "kv_cache"):
+    for name in ("sequences", "prompt_logits", "promise", "kv_cache", "step_tokens"):
         del values[name]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(values))
     assert read_plan(file) == replace(some_plan(), target=Target())
 
 
-@pytest.mark.parametrize("field", ["dtype", "kv_cache"])
+@pytest.mark.parametrize("field", ["dtype", "kv_cache", "step_tokens"])
 def test_damaged_names_raise(tmp_path: Path, field: str) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({**some_plan().as_dict(), field: "load"}))

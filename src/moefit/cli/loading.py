@@ -104,19 +104,20 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         drafts = settings.get("draft_rows", 0)
         rows = settings["sequences"] + drafts if "sequences" in settings else None
         helpers = settings.get("helpers", 0) + _planned_draft(model, options, settings)
-        plan = plan_for(model, options, rows, helpers)
+        plan = plan_for(model, options, rows, helpers, settings.get("step_tokens"))
     say(f"plan: {in_a_line(plan)}")
     device = {
         "host_memory": options.host_memory,
         "host_compute": options.host_compute.value,
         "device": options.device,
     }
-    chosen = {**device, **plan.settings(), "prefetch": options.prefetch.value, **settings}
+    whole = {"step_tokens": None, "prefetch": options.prefetch.value}
+    chosen = {**device, **plan.settings(), **whole, **settings}
     if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
         chosen["kv_cache"] = options.kv_cache.value
     if options.memory is not None:
         chosen["memory"] = options.memory
-    with loading() as progress, _explain_sequences(plan, chosen["sequences"] + drafts):
+    with loading() as progress, _explain_plan(plan, chosen, drafts):
         served = load(model, **chosen, progress=progress)
     if plan.rule is not None:
         use_rule(served.model, Rule.parse(plan.rule))
@@ -140,17 +141,40 @@ def _planned_draft(model: str, options: ServingOptions, settings: Mapping[str, A
 
 
 @contextmanager
-def _explain_sequences(plan: Plan, sequences: int) -> Iterator[None]:
-    """Add to the error of a plan that does not fit that it is for fewer requests at once."""
+def _explain_plan(plan: Plan, chosen: Mapping[str, Any], drafts: int) -> Iterator[None]:
+    """Add to the error of a plan that does not fit what it was made for, if that is less.
+
+    Args:
+        plan: The plan.
+        chosen: Settings of `moefit.load`.
+        drafts: Drafted tokens of a step.
+    """
     try:
         yield
     except BudgetTooSmallError as error:
-        if plan.sequences >= sequences:
+        sequences, step, planned = (
+            chosen["sequences"] + drafts,
+            chosen["step_tokens"],
+            plan.step_tokens,
+        )
+        if sequences > plan.sequences:
+            why = (
+                f"it was planned for {plan.sequences} requests at once, and this server runs "
+                f"{sequences}: plan with --max-concurrency {sequences}, or serve with less"
+            )
+        elif planned is None or (step is not None and step <= planned):
             raise
-        raise BudgetTooSmallError(
-            f"{error}; it was planned for {plan.sequences} requests at once, and this server runs "
-            f"{sequences}: plan with --max-concurrency {sequences}, or serve with less"
-        ) from error
+        elif step is None:
+            why = (
+                f"it was planned for steps of {planned} tokens, as servers compute, and here "
+                "prompts are computed whole: plan without --max-concurrency and --step-tokens"
+            )
+        else:
+            why = (
+                f"it was planned for steps of {planned} tokens, and this server computes {step}: "
+                f"plan with --step-tokens {step}, or serve with a smaller --prefill-chunk"
+            )
+        raise BudgetTooSmallError(f"{error}; {why}") from error
 
 
 def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> None:

@@ -117,6 +117,15 @@ def plan_model(
     context: Context = 2048,
     kv_cache: KvCacheOption = KvCache.model,
     max_concurrency: ForConcurrency = None,
+    step_tokens: Annotated[
+        int | None,
+        advanced(
+            "Reserve activations for forward passes of this many tokens, such as a server's "
+            "--prefill-chunk and requests together. Default: what a server computes with "
+            "--max-concurrency; without it, prompts as long as the context.",
+            min=1,
+        ),
+    ] = None,
     dense_precision: DensePrecision = None,
     rest: Rest = None,
     source_tokens: Annotated[
@@ -145,6 +154,9 @@ def plan_model(
         check_picture(picture, budgets)
     if process_bytes is None:
         import_serving_commands()
+    shared = shared_steps(max_concurrency)
+    if step_tokens is not None:
+        shared["step_tokens"] = step_tokens
     skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
     known = find_profile(skeleton, model=model, path=profile)
     planner = Planner(
@@ -156,7 +168,7 @@ def plan_model(
             process=process_bytes,
             dense_formats=_dense_formats(dense_precision or rest),
             kv_cache=kv_cache.value,
-            **{k: v for k, v in shared_steps(max_concurrency).items() if k != "step_tokens"},
+            **shared,
         ),
         lengths=_lengths(known, source_tokens, target_tokens),
     )

@@ -191,6 +191,10 @@ def print_plan(
         for length, count in planner.sequences(plan).items():
             some = "1 sequence" if count == 1 else f"{count} sequences"
             say(f"the plan leaves memory for {some} of {length} tokens")
+        if plan.step_tokens is not None:
+            say(
+                f"it reserves activations for {plan.step_tokens} tokens at once, as servers compute"
+            )
     if fronts:
         out.print(front_table(fronts, f"{model}: what budgets give (predicted)"))
     for loss in (0.01, 0.03):

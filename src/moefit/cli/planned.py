@@ -41,6 +41,7 @@ class PlanProcess:
         dense_precision: That dense weights are loaded in already, if they are.
         lengths: Of an encoder-decoder's requests; None for the profile's.
         kv_cache: What the KV cache holds.
+        step_tokens: Tokens of one forward pass; None for prompts as long as the context.
     """
 
     model: str
@@ -54,6 +55,7 @@ class PlanProcess:
     dense_precision: str | None = None
     lengths: Lengths | None = None
     kv_cache: str = MODEL_CACHE
+    step_tokens: int | None = None
 
     def arguments(self, save: Path) -> list[str]:
         """Return the arguments of the command `moefit`."""
@@ -66,6 +68,7 @@ class PlanProcess:
             "max-loss": None if self.target.max_loss is None else f"{100 * self.target.max_loss}%",
             "min-speed": self.target.min_speed,
             "max-concurrency": self.concurrency,
+            "step-tokens": self.step_tokens,
             "dtype": self.dtype,
             "dense-precision": self.dense_precision,
             "source-tokens": self.lengths and self.lengths.source,
@@ -99,7 +102,11 @@ class PlanProcess:
 
 
 def plan_for(
-    model: str, options: ServingOptions, concurrency: int | None = None, helpers: int = 0
+    model: str,
+    options: ServingOptions,
+    concurrency: int | None = None,
+    helpers: int = 0,
+    step_tokens: int | None = None,
 ) -> Plan:
     """Return the plan in the given file, or make one from the model's profile.
 
@@ -108,6 +115,7 @@ def plan_for(
         options: With a plan file, or a target and a memory budget.
         concurrency: Of a server, how many requests run at once.
         helpers: As in `LoadSettings`.
+        step_tokens: As in `LoadSettings`.
 
     Raises:
         ConfigError: The plan is of another checkpoint, or options contradict each other.
@@ -122,6 +130,11 @@ def plan_for(
         check_checkpoint(plan, build_skeleton(folder_of(model)), options.plan)
         if options.context != plan.context:
             say(f"note: the plan reserves {plan.context:,} tokens; --context is not used")
+        if step_tokens is not None and plan.step_tokens is None and step_tokens < plan.context:
+            say(
+                "note: the plan reserves activations of prompts as long as its context; made again "
+                f"with `moefit plan --step-tokens {step_tokens}`, it has more room for experts"
+            )
         return plan
     if options.memory is None:
         raise ConfigError("--max-loss and --min-speed plan for a budget; give --memory too")
@@ -134,6 +147,7 @@ def plan_for(
         process=settled_bytes(planned_device(options.device)) + helpers,
         target=target_of(options.max_loss, options.min_speed),
         concurrency=concurrency,
+        step_tokens=step_tokens,
     ).run()
 
 

@@ -537,6 +537,7 @@ def replanner(model: str, plan: Plan, engine: Engine) -> Callable[[int], Plan]:
         dtype=plan.dtype,
         dense_precision=plan.configuration.dense_precision,
         lengths=plan.lengths,
+        step_tokens=budget.step_tokens,
     )
     return lambda memory: replace(process, memory=memory).run()
 

@@ -179,6 +179,8 @@ class Plan:
         target: What the plan was chosen to satisfy.
         lengths: Of an encoder-decoder's requests that speed is predicted for; None for decoders.
         kv_cache: What the KV cache holds, as in `LoadSettings`.
+        step_tokens: Tokens of one forward pass that activations are reserved for, as in
+            `LoadSettings`; None for prompts as long as the context.
     """
 
     configuration: Configuration
@@ -194,6 +196,7 @@ class Plan:
     target: Target = field(default_factory=Target)
     lengths: Lengths | None = None
     kv_cache: str = MODEL_CACHE
+    step_tokens: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `moefit.load` that load the model as planned."""
@@ -203,6 +206,7 @@ class Plan:
             "sequences": self.sequences,
             "prompt_logits": self.prompt_logits,
             "kv_cache": self.kv_cache,
+            "step_tokens": self.step_tokens,
             "dtype": getattr(torch, self.dtype),
             **self.configuration.load_settings(),
             **self.configuration.policy_settings(),
@@ -221,6 +225,7 @@ class Plan:
             "sequences": self.sequences,
             "prompt_logits": self.prompt_logits,
             "kv_cache": self.kv_cache,
+            "step_tokens": self.step_tokens,
             "promise": asdict(self.target),
             "lengths": self.lengths and asdict(self.lengths),
             "predicted": asdict(self.predicted),
@@ -247,6 +252,9 @@ def _plan_from(values: Mapping[str, Any]) -> Plan:
         raise ValueError(f"dtype {values['dtype']!r}")
     if values.get("kv_cache", MODEL_CACHE) not in KV_CACHES:
         raise ValueError(f"kv_cache {values['kv_cache']!r}")
+    steps = values.get("step_tokens")  # absent in plans that reserve prompts as long as the context
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ValueError(f"step_tokens {steps!r}")
     return Plan(
         configuration=configuration_from(values["configuration"]),
         memory=values["memory"],
@@ -261,6 +269,7 @@ def _plan_from(values: Mapping[str, Any]) -> Plan:
         target=Target(**values.get("promise", {})),
         lengths=Lengths(**lengths) if (lengths := values.get("lengths")) else None,
         kv_cache=values.get("kv_cache", MODEL_CACHE),
+        step_tokens=steps,
     )
 
 

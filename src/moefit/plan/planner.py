@@ -233,6 +233,7 @@ class Planner:
             sequences=self._constraints.sequences,
             prompt_logits=self._constraints.prompt_logits,
             kv_cache=self._constraints.kv_cache,
+            step_tokens=self._constraints.step_tokens,
             target=target or Target(),
             lengths=self.lengths,
             predicted=Prediction(
@@ -285,18 +286,21 @@ class Planner:
         if plan.memory is None:
             return {}
         token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
-        now = self.slot_budgets.estimate(plan.configuration).planned_bytes
-        taken = now - self.context * token - self._constraints.sequences * row
-        longest = getattr(
-            self._skeleton.model.config.get_text_config(decoder=True),
-            "max_position_embeddings",
-            None,
-        )
+        context = max(self.context, min(self._constraints.step_tokens or 0, self._longest or 0))
+        now = self.slot_budgets.estimate(plan.configuration, context=context).planned_bytes
+        taken = now - context * token - self._constraints.sequences * row
+        longest = self._longest or max(lengths)
         return {
             length: max(0, int((plan.memory - taken) // max(1, length * token + row)))
             for length in lengths
-            if longest is None or length <= longest
+            if length <= longest
         }
+
+    @property
+    def _longest(self) -> int | None:
+        """Return the tokens of the model's longest text; None if its configuration has no limit."""
+        config = self._skeleton.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
 
     def warnings(self) -> list[str]:
         """Return warnings about the profile; see `caveats`."""
@@ -305,9 +309,13 @@ class Planner:
         return caveats(self.profile, experts, self._device, speed)
 
     def _per_token(self, configuration: Configuration) -> int:
-        low = self.slot_budgets.estimate(configuration, context=64)
-        high = self.slot_budgets.estimate(configuration, context=128)
-        return (high.kv_cache + high.workspace - low.kv_cache - low.workspace) // 64
+        # Beyond a step, if the model's texts are that long: activations are the same in both then.
+        most = max(64, self._constraints.step_tokens or 0) + 64
+        most = min(most, self._longest or most)
+        least = max(1, most - 64)
+        low, high = (self.slot_budgets.estimate(configuration, context=n) for n in (least, most))
+        more = high.kv_cache + high.workspace - low.kv_cache - low.workspace
+        return more // max(1, most - least)
 
     def _per_sequence(self, configuration: Configuration) -> int:
         """Return the bytes of one more sequence's logits."""

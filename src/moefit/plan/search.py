@@ -311,6 +311,7 @@ class PlanConstraints:
             process as it is now.
         dense_formats: Formats that the dense weights may have.
         kv_cache: As in `LoadSettings`.
+        step_tokens: As in `LoadSettings`.
     """
 
     sequences: int = 1
@@ -319,6 +320,7 @@ class PlanConstraints:
     process: int | None = None
     dense_formats: Sequence[str] = DENSE_FORMATS
     kv_cache: str = MODEL_CACHE
+    step_tokens: int | None = None
 
 
 NO_CONSTRAINTS = PlanConstraints()
@@ -415,6 +417,7 @@ class SlotBudget:
             sequences=sequences or self._constraints.sequences,
             prompt_logits=self._constraints.prompt_logits,
             kv_cache=self._constraints.kv_cache,
+            step_tokens=self._constraints.step_tokens,
         )
         return replace(memory_budget(self._skeleton, settings), process=self._process)
 
