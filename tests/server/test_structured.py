@@ -207,6 +207,29 @@ def test_schema_bombs_stop_nobody(client) -> None:
     assert post(client, max_tokens=2)[0]["finish_reason"] == "length"
 
 
+REGEX_BOMBS = [
+    "((a{1000}){1000}){1000}", "(a|b)*a(a|b){300}", "(a+)+$", "(((a|b|ab)*)*)*c", r"\p{L}{1,9999}",
+    "(" * 2000 + "a" + ")" * 2000, "|".join(f"a{n}b*" for n in range(5000)), "(?=a)" * 500,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", REGEX_BOMBS)
+def test_regex_bombs_stop_nobody(client, pattern: str) -> None:
+    """Each ends in seconds, as an expression of its own, in a schema and in a tool's."""
+    schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": pattern}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    for url, body in (
+        (URL, {**ASKED, "max_tokens": 4, "guided_regex": pattern}),
+        (URL, {**ASKED, "max_tokens": 4, "guided_json": schema}),
+        (CHAT, {**chat, "tools": [tool], "tool_choice": "required"}),
+    ):
+        began = perf_counter()
+        response = client.post(url, json=body)
+        assert response.status_code in (200, 400), response.text
+        assert perf_counter() - began < 20
+
+
 def schemas() -> st.SearchStrategy[dict[str, Any]]:
     """JSON schemas of the supported kinds, nested up to three levels."""
     bounds = st.tuples(st.integers(-20, 20), st.integers(0, 20), st.sampled_from([1, 2, 5]))

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from engines import running
 from hypothesis import given
 from hypothesis import strategies as st
 from serving_http import client_of, error_of, fake_service
@@ -12,6 +13,7 @@ from serving_http import client_of, error_of, fake_service
 from moefit.errors import ConfigError
 from moefit.server.middleware import ServerSettings
 from moefit.server.operation.keys import Keys, parse_keys, read_keys, readable_by_others
+from moefit.server.service import Service
 
 SECRET = "sk-51f0aa77"
 ALICE = f"keys:\n- {{name: alice, key: {SECRET}, operator: true}}\n"
@@ -183,3 +185,31 @@ def test_keys_of_a_server(served, tmp_path: Path) -> None:
     )
     assert SECRET not in page and 'key="bob"' not in page
     assert 'moefit:key_file_reloads_total{model_name="reference",result="ok"} 1' in page
+
+
+def test_keys_reuse_no_prefixes_of_each_other(served, tmp_path: Path) -> None:
+    path, before = tmp_path / "keys", served.tokenizer.chat_template
+    path.write_text(ALICE + BOB)
+    served.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    prompt = "import os\n" * 20
+    asked = {
+        "/v1/completions": {"prompt": prompt, "max_tokens": 2},
+        "/v1/chat/completions": {
+            "messages": [{"role": "user", "content": prompt}], "max_tokens": 2, "cache_salt": "s",
+        },
+        "/v1/responses": {"input": "x" + prompt, "max_output_tokens": 2},
+    }  # fmt: skip
+    settings = ServerSettings(name="reference", keys_file=path)
+    with running(served, max_model_len=400) as engine:
+        service = Service(engine, settings)
+        with client_of(service) as client:
+            for url, body in asked.items():
+                cached = []
+                for key in (SECRET, "bobs", SECRET, "bobs"):
+                    headers = {"Authorization": f"Bearer {key}"}
+                    usage = client.post(url, json=body, headers=headers).json()["usage"]
+                    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+                    cached.append(details["cached_tokens"])
+                assert cached[:2] == [0, 0] and cached[2] == cached[3] > 16, url
+        service.close()
+    served.tokenizer.chat_template = before
