@@ -1,13 +1,23 @@
-"""Soak test of the server: disconnecting clients, changing budgets and read errors.
+"""Soak test of the server: everything that it can do at once, and everything that goes wrong.
 
-    python benchmarks/soak.py MODEL --least 706MiB --most 726MiB [--minutes 30] [--clients 6]
-        [--dtype float32] [--save]
+    python benchmarks/soak.py MODEL [--minutes 30] [--clients 6] [--dtype float32] [--save]
+        [--capped COMMAND]
 
-In exact mode every complete greedy response must equal the model's own output; in bfloat16, where
-transformers rounds differently, the output of a served model that computes nothing else. A third
-of the clients disconnect mid-stream; every 5 s the budget changes between --least and --most;
-occasionally a shard (of a copy of the checkpoint) cannot be read for a few seconds. Counted: wrong
-responses, requests that do not end, samples above the current budget, growth of the process.
+Clients send completions, conversations that grow, structured output, tools, sampled requests and
+the Responses API, plain or streamed; a third of them disconnect mid-stream, and others are
+cancelled. Prefixes are kept, in a folder on a small file system that is full for half of the time;
+tokens are drafted by prompt lookup, by a draft model (the served one) or not. Every few seconds the
+budget changes or begins to follow free memory; occasionally a shard (of a copy of the checkpoint)
+cannot be read for a few seconds; once a minute the server is killed while it writes a file of
+prefixes, files are damaged, and it is started again on the same folder; schemas that are too large
+to compile arrive.
+
+Every complete answer is compared: see `soak_requests`. In bfloat16, where transformers rounds
+differently, the model's own answers are those of a served model that computes nothing else. Counted
+too: requests that do not end, samples above the current budget, growth of the process.
+
+The small file system is a tmpfs in a namespace of this process's own (Linux, `unshare`). --capped
+names a command that runs the server in a memory control group: COMMAND MIB SERVER...
 """
 
 import argparse
@@ -19,7 +29,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,38 +38,27 @@ from typing import Any
 import httpx2 as httpx
 import record
 import torch
+from soak_faults import Faults
+from soak_requests import (
+    TEMPLATE,
+    Ask,
+    Assembled,
+    Script,
+    answer_of,
+    greedy_scripts,
+    is_valid,
+    other_scripts,
+    salted,
+)
+from soak_server import URL, Server, Tally
 
 import moefit
 from moefit.api import folder_of
 from moefit.evaluate.loading import load_full_model
-from moefit.serve.memory.budget import format_bytes, parse_bytes
 
-PORT = 8733
-PROMPTS = (
-    "def main():", "class Reader(", "import os\n", "    return self.", "for name in", "# The",
-    'raise ValueError("', "    def __init__(self", "if __name__ ==", "try:\n    import",
-    "@property\n", "from collections import",
-)  # fmt: skip
-TOKENS = (4, 16, 48)
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts for the record."""
-
-    finished: int = 0
-    wrong: int = 0
-    hung_up: int = 0
-    refused_or_failed: int = 0
-    without_an_end: int = 0
-    budget_changes: int = 0
-    budget_changes_failed: int = 0
-    outages: int = 0
-    samples: int = 0
-    samples_above_budget: int = 0
-    worst_excess_bytes: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-    process_bytes_by_minute: list[int] = field(default_factory=list)
+APART = "MOEFIT_SOAK_APART"  # set in the process that has a namespace of its own
+TIMEOUT = 600
+AFTER_OUTAGE = 90.0  # seconds in which errors of an outage may still be answered
 
 
 def main() -> None:
@@ -66,213 +66,235 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--least", required=True)
-    parser.add_argument("--most", required=True)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--every", type=float, default=5, help="seconds between budgets")
+    parser.add_argument("--kill", type=float, default=60, help="seconds between kills, on average")
+    parser.add_argument("--disk", type=int, default=16, help="MiB of the small file system")
+    parser.add_argument("--capped", help="runs the server in a control group")
+    parser.add_argument("--cap", type=int, default=800, help="MiB of the control group")
+    parser.add_argument("--log", type=Path, help="where to leave the server's log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    expected = own_answers(given.model, given.dtype)
+    if APART not in os.environ:
+        os.environ[APART] = "1"
+        os.execvp("unshare", ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv])
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / "model"
-        shutil.copytree(folder_of(given.model), copy)
-        tally = asyncio.run(soak(given, copy, expected))
+        tally = soak_in(Path(folder), given)
     results = asdict(tally)
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, "
-            f"budget changing every 5 s between {given.least} and {given.most}; "
-            "a third of the clients disconnect."
+            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, another budget "
+            f"every {given.every:g} s, killed every {given.kill:g} s on average, prefixes on "
+            f"{given.disk} MiB. Features are totals over all starts, up to the last look before "
+            "each kill, in tokens but for experts and damaged files."
         )
-        suffix = "" if given.dtype == "float32" else given.dtype
-        print(record.write("soak", results, notes=notes, suffix=suffix))
+        print(record.write("soak", results, notes=notes, suffix=given.dtype))
 
 
-def own_answers(model: str, dtype: str) -> dict[tuple[str, int], str]:
-    """Return the greedy continuation of each prompt, computed alone."""
-    if dtype == "float32":
-        loaded, tokenizer = load_full_model(model, dtype=torch.float32)
-        return continuations(loaded, tokenizer)
-    with moefit.load(model, dtype=getattr(torch, dtype)) as served:
-        return continuations(served, served.tokenizer)
-
-
-def continuations(loaded: Any, tokenizer: Any) -> dict[tuple[str, int], str]:
-    """Return what `loaded.generate` makes of each prompt, at each length."""
-    answers = {}
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            out = loaded.generate(ids, max_new_tokens=max(TOKENS), do_sample=False)
-        for tokens in TOKENS:
-            new = out[0, ids.shape[1] :][:tokens]
-            answers[prompt, tokens] = tokenizer.decode(new, skip_special_tokens=True)
-    return answers
-
-
-async def soak(
-    given: argparse.Namespace, copy: Path, expected: dict[tuple[str, int], str]
-) -> Tally:
-    moefit = str(Path(sys.executable).parent / "moefit")
-    command = [
-        moefit, "serve", str(copy), "--port", str(PORT), "--memory", given.most,
-        "--dtype", given.dtype, "--context", "1024",
+def soak_in(folder: Path, given: argparse.Namespace) -> Tally:
+    """Run the test with all files in a folder."""
+    copy, disk, tally = folder / "model", folder / "disk", Tally()
+    shutil.copytree(folder_of(given.model), copy)
+    config = copy / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TEMPLATE}))
+    disk.mkdir()
+    scripts = own_answers(copy, given.dtype)
+    serve = [str(copy), "--dtype", given.dtype, "--max-concurrency", "8", "--context", "4096"]
+    alone = Server([*serve, "--prefix-cache", "off"], ["off"], folder, [], Tally())
+    scripts += asyncio.run(answers_alone(alone, other_scripts()))
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    limited = [
+        "--memory", "700MiB", "--memory-headroom", "256MiB",
+        "--prefix-cache-dir", str(disk / "prefixes"), "--prefix-cache-disk",
+        f"{given.disk * 3 // 4}MiB",
     ]  # fmt: skip
-    tally, end = Tally(), time.monotonic() + 60 * given.minutes
-    server = subprocess.Popen(command)
+    before = [given.capped, str(given.cap)] if given.capped else []
+    drafts = ["ngram", f"draft:{copy}", "off"]
+    server = Server([*serve, *limited], drafts, folder, before, tally)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={given.disk}m", "soak", str(disk)]
+    subprocess.run(mount, check=True)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=300) as http:
-            await until_ready(http, server)
-            name = (await http.get("/v1/models")).json()["data"][0]["id"]
-            clients = [
-                one_client(http, name, random.Random(given.seed + n), expected, tally, end)
-                for n in range(given.clients)
-            ]
-            await asyncio.gather(
-                *clients,
-                turn_the_dial(http, given, tally, end),
-                lose_a_file(copy, tally, end),
-                watch(http, server, tally, end),
-            )
-            assert server.poll() is None, "the server ended"
+        asyncio.run(soak(given, server, (copy, disk), scripts, tally))
     finally:
-        server.terminate()
-        server.wait(60)
+        subprocess.run(["umount", str(disk)], check=True)
     return tally
 
 
-async def until_ready(http: httpx.AsyncClient, server: Any) -> None:
-    for _ in range(300):
-        assert server.poll() is None, "the server ended"
+def own_answers(model: Path, dtype: str) -> list[Script]:
+    """Return greedy requests with the model's own answers, computed alone."""
+    if dtype == "float32":
+        loaded, tokenizer = load_full_model(str(model), dtype=torch.float32)
+        return greedy_scripts(continuations(loaded, tokenizer))
+    with moefit.load(str(model), dtype=getattr(torch, dtype)) as served:
+        return greedy_scripts(continuations(served, served.tokenizer))
+
+
+def continuations(loaded: Any, tokenizer: Any) -> Callable[[str, int], str]:
+    """Return what computes how `loaded.generate` continues a prompt."""
+
+    def own(prompt: str, tokens: int) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            out = loaded.generate(ids, max_new_tokens=tokens, do_sample=False)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return own
+
+
+async def answers_alone(server: Server, scripts: Sequence[Script]) -> list[Script]:
+    """Return scripts with the answers of a server that computes one request at a time."""
+    found = []
+    async with httpx.AsyncClient(base_url=URL, timeout=TIMEOUT) as http:
+        await server.start(http)
         try:
-            if (await http.get("/health")).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        await asyncio.sleep(1)
-    raise SystemExit("the server did not become ready")
+            for script in scripts:
+                asks = []
+                for ask in script:
+                    answer = await plain(http, ask)
+                    assert is_valid(ask, answer), (ask, answer)
+                    asks.append(replace(ask, expected=answer))
+                found.append(asks)
+        finally:
+            server.end()
+    return found
 
 
-async def one_client(
-    http: httpx.AsyncClient,
-    name: str,
-    chance: random.Random,
-    expected: dict[tuple[str, int], str],
+async def soak(
+    given: argparse.Namespace,
+    server: Server,
+    paths: tuple[Path, Path],
+    scripts: Sequence[Script],
     tally: Tally,
-    end: float,
 ) -> None:
-    while time.monotonic() < end:
-        prompt, tokens = chance.choice(list(expected))
-        hang_up = chance.random() < 1 / 3
-        body = {
-            "model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
-            "stream": hang_up or chance.random() < 0.5,
-        }  # fmt: skip
+    async with httpx.AsyncClient(base_url=URL, timeout=TIMEOUT) as http:
         try:
-            text = await (streamed if body["stream"] else plain)(http, body, hang_up)
-        except Failed as error:
-            tally.refused_or_failed += 1
-            tally.errors[str(error)] = tally.errors.get(str(error), 0) + 1
-            await asyncio.sleep(0.5)
-            continue
-        except (httpx.HTTPError, NoEnd) as error:
-            tally.without_an_end += 1
-            tally.errors[repr(error)] = tally.errors.get(repr(error), 0) + 1
-            continue
-        if text is None:
-            tally.hung_up += 1
-            continue
-        tally.finished += 1
-        if text != expected[prompt, tokens]:
-            tally.wrong += 1
-            print(f"wrong: {prompt!r}: {text!r}, not {expected[prompt, tokens]!r}", flush=True)
+            await server.start(http)
+            end = time.monotonic() + 60 * given.minutes
+            clients = [
+                Client(http, server, random.Random(given.seed + n), tally).run(scripts, end)
+                for n in range(given.clients)
+            ]
+            await asyncio.gather(*clients, Faults(http, server, paths, given, tally, end).run())
+            assert server.alive(), "the server ended"
+        finally:
+            server.end()
+            server.read_log()
+            if given.log:
+                shutil.copy(server.log, given.log)
 
 
 class Failed(Exception):
-    """The server reported that a request failed."""
+    """The server reported that a request failed.
+
+    Args:
+        body: Of the error.
+        status: Of HTTP; None in a stream.
+    """
+
+    def __init__(self, body: dict[str, Any], status: int | None):
+        error = body["error"]
+        super().__init__(f"{status or 'stream'} {error['code']}: {str(error['message'])[:80]}")
+        self.code = error["code"]
 
 
 class NoEnd(Exception):
     """A stream ended without its final event."""
 
 
-async def plain(http: httpx.AsyncClient, body: dict[str, Any], _hang_up: bool) -> str | None:
-    response = await http.post("/v1/completions", json=body)
+class Client:
+    """Sends requests one after the other and compares the answers.
+
+    Args:
+        http: A client.
+        server: The server.
+        chance: Chooses.
+        tally: What is counted.
+    """
+
+    def __init__(
+        self, http: httpx.AsyncClient, server: Server, chance: random.Random, tally: Tally
+    ):
+        self._http, self._server, self._chance, self._tally = http, server, chance, tally
+
+    async def run(self, scripts: Sequence[Script], end: float) -> None:
+        """Send scripts, each kind as often as the others, until `end`."""
+        kinds = sorted({script[0].kind for script in scripts})
+        by_kind = [[one for one in scripts if one[0].kind == kind] for kind in kinds]
+        while time.monotonic() < end:
+            script = self._chance.choice(self._chance.choice(by_kind))
+            new = f"{self._chance.random()}"
+            for ask in salted(script, self._chance.choice([None, None, "shared", new])):
+                await self._server.up.wait()
+                if time.monotonic() < end:
+                    await self._one(ask)
+
+    async def _one(self, ask: Ask) -> None:
+        tally, start = self._tally, self._server.starts
+        hang_up = self._chance.random() < 1 / 3
+        try:
+            if hang_up or self._chance.random() < 0.5:
+                answer = await streamed(self._http, ask, hang_up)
+            else:
+                answer = await plain(self._http, ask)
+        except Failed as error:
+            self._failed(error)
+            await asyncio.sleep(0.5)
+        except (httpx.HTTPError, NoEnd) as error:
+            if start != self._server.starts or not self._server.up.is_set():
+                tally.cut_by_kill += 1
+            else:
+                tally.without_an_end += 1
+                tally.count("failed", repr(error)[:120])
+        else:
+            self._compare(ask, answer)
+
+    def _compare(self, ask: Ask, answer: str | None) -> None:
+        tally = self._tally
+        if answer is None:
+            tally.hung_up += 1
+            return
+        tally.count("finished", ask.kind)
+        tally.invalid += not is_valid(ask, answer)
+        if answer != ask.expected:
+            tally.wrong += 1
+            print(f"wrong: {ask}: {answer}", flush=True)
+
+    def _failed(self, error: Failed) -> None:
+        if error.code == "cancelled_by_operator":
+            self._tally.cancelled += 1
+            return
+        self._tally.count("failed", str(error))
+        if time.monotonic() > self._server.outage_ended + AFTER_OUTAGE:
+            self._tally.failed_without_cause += 1
+
+
+async def plain(http: httpx.AsyncClient, ask: Ask) -> str:
+    response = await http.post(ask.url, json=ask.body)
     if response.status_code != 200:
-        raise Failed(kind(response.json()))
-    return response.json()["choices"][0]["text"]
+        raise Failed(response.json(), response.status_code)
+    return answer_of(ask.url, response.json())
 
 
-async def streamed(http: httpx.AsyncClient, body: dict[str, Any], hang_up: bool) -> str | None:
-    """Return the whole text; None if the client disconnected after the first chunk."""
-    pieces: list[str] = []
-    async with http.stream("POST", "/v1/completions", json=body) as response:
+async def streamed(http: httpx.AsyncClient, ask: Ask, hang_up: bool) -> str | None:
+    """Return the answer; None if the client disconnected after the first chunk."""
+    whole = Assembled(ask.url)
+    async with http.stream("POST", ask.url, json={**ask.body, "stream": True}) as response:
         if response.status_code != 200:
-            raise Failed(kind(json.loads(await response.aread())))
+            raise Failed(json.loads(await response.aread()), response.status_code)
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
-                return "".join(pieces)
+                return whole.answer()
             if not line.startswith("data: "):
                 continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                raise Failed(kind(chunk))
-            pieces += [choice["text"] for choice in chunk["choices"]]
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise Failed(event, None)
+            whole.add(event)
             if hang_up:
                 return None
-    raise NoEnd(f"after {len(pieces)} pieces")
-
-
-def kind(body: dict[str, Any]) -> str:
-    return f"{body['error'].get('type')}: {str(body['error'].get('message'))[:60]}"
-
-
-async def turn_the_dial(
-    http: httpx.AsyncClient, given: argparse.Namespace, tally: Tally, end: float
-) -> None:
-    chance = random.Random(given.seed)
-    least, most = parse_bytes(given.least), parse_bytes(given.most)
-    while time.monotonic() < end:
-        await asyncio.sleep(5)
-        response = await http.post("/v1/memory", json={"bytes": chance.randint(least, most)})
-        tally.budget_changes += 1
-        if response.status_code != 200:
-            tally.budget_changes_failed += 1
-            tally.errors[kind(response.json())] = tally.errors.get(kind(response.json()), 0) + 1
-
-
-async def lose_a_file(copy: Path, tally: Tally, end: float) -> None:
-    """Empty a shard for a while, so that reads are too short; its inode stays."""
-    shard = sorted(copy.glob("*.safetensors"))[-1]
-    whole = shard.read_bytes()
-    while time.monotonic() + 40 < end:
-        await asyncio.sleep(30)
-        with shard.open("r+b") as file:
-            file.truncate(len(whole) // 4)
-        tally.outages += 1
-        await asyncio.sleep(6)
-        with shard.open("r+b") as file:
-            file.write(whole)
-        os.sync()
-
-
-async def watch(http: httpx.AsyncClient, server: Any, tally: Tally, end: float) -> None:
-    """Compare the process's resident set with the current budget ten times per second."""
-    page, minute = os.sysconf("SC_PAGE_SIZE"), time.monotonic()
-    while time.monotonic() < end:
-        before = (await http.get("/v1/memory")).json()["budget"]["total"]
-        resident = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * page
-        after = (await http.get("/v1/memory")).json()["budget"]["total"]
-        tally.samples += 1
-        if (excess := resident - max(before, after)) > 0:
-            tally.samples_above_budget += 1
-            tally.worst_excess_bytes = max(tally.worst_excess_bytes, excess)
-        if time.monotonic() >= minute:
-            tally.process_bytes_by_minute.append(resident)
-            minute += 60
-            print(f"{format_bytes(resident)}: {tally.finished} finished, {tally.wrong} wrong")
-        await asyncio.sleep(0.1)
+    raise NoEnd("a stream ended without its last event")
 
 
 if __name__ == "__main__":
