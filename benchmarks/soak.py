@@ -50,7 +50,7 @@ from soak_requests import (
     other_scripts,
     salted,
 )
-from soak_server import URL, Server, Tally
+from soak_server import Server, Tally
 
 import moefit
 from moefit.api import folder_of
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--capped", help="runs the server in a control group")
     parser.add_argument("--cap", type=int, default=800, help="MiB of the control group")
     parser.add_argument("--log", type=Path, help="where to leave the server's log")
+    parser.add_argument("--port", type=int, default=8733)
+    parser.add_argument("--answers", type=Path, help="keeps what answers must be, for later runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
@@ -100,11 +102,8 @@ def soak_in(folder: Path, given: argparse.Namespace) -> Tally:
     config = copy / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TEMPLATE}))
     disk.mkdir()
-    scripts = own_answers(copy, given.dtype)
     serve = [str(copy), "--dtype", given.dtype, "--max-concurrency", "8", "--context", "4096"]
-    alone = Server([*serve, "--prefix-cache", "off"], ["off"], folder, [], Tally())
-    scripts += asyncio.run(answers_alone(alone, other_scripts()))
-    shutil.rmtree(folder / "cache", ignore_errors=True)
+    scripts = expected(folder, copy, serve, given)
     limited = [
         "--memory", "700MiB", "--memory-headroom", "256MiB",
         "--prefix-cache-dir", str(disk / "prefixes"), "--prefix-cache-disk",
@@ -112,7 +111,7 @@ def soak_in(folder: Path, given: argparse.Namespace) -> Tally:
     ]  # fmt: skip
     before = [given.capped, str(given.cap)] if given.capped else []
     drafts = ["ngram", f"draft:{copy}", "off"]
-    server = Server([*serve, *limited], drafts, folder, before, tally)
+    server = Server([*serve, *limited], given.port, drafts, folder, before, tally)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={given.disk}m", "soak", str(disk)]
     subprocess.run(mount, check=True)
     try:
@@ -120,6 +119,22 @@ def soak_in(folder: Path, given: argparse.Namespace) -> Tally:
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     return tally
+
+
+def expected(
+    folder: Path, model: Path, serve: Sequence[str], given: argparse.Namespace
+) -> list[Script]:
+    """Return all requests with what the answers must be, computed or from the file."""
+    if given.answers is not None and given.answers.exists():
+        kept = json.loads(given.answers.read_text())
+        return [[Ask(**ask) for ask in script] for script in kept]
+    scripts = own_answers(model, given.dtype)
+    alone = Server([*serve, "--prefix-cache", "off"], given.port, ["off"], folder, [], Tally())
+    scripts += asyncio.run(answers_alone(alone, other_scripts()))
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    if given.answers is not None:
+        given.answers.write_text(json.dumps([[asdict(ask) for ask in one] for one in scripts]))
+    return scripts
 
 
 def own_answers(model: Path, dtype: str) -> list[Script]:
@@ -146,7 +161,7 @@ def continuations(loaded: Any, tokenizer: Any) -> Callable[[str, int], str]:
 async def answers_alone(server: Server, scripts: Sequence[Script]) -> list[Script]:
     """Return scripts with the answers of a server that computes one request at a time."""
     found = []
-    async with httpx.AsyncClient(base_url=URL, timeout=TIMEOUT) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT) as http:
         await server.start(http)
         try:
             for script in scripts:
@@ -168,7 +183,7 @@ async def soak(
     scripts: Sequence[Script],
     tally: Tally,
 ) -> None:
-    async with httpx.AsyncClient(base_url=URL, timeout=TIMEOUT) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT) as http:
         try:
             await server.start(http)
             end = time.monotonic() + 60 * given.minutes

@@ -13,9 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-PORT = 8733
 _ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception))\b")
-URL = f"http://127.0.0.1:{PORT}"
 
 
 @dataclass(slots=True)
@@ -56,6 +54,7 @@ class Server:
 
     Args:
         command: Arguments of `moefit serve`.
+        port: Where it listens.
         drafts: Values of `--speculate`, taken in turn.
         folder: For logs and caches.
         before: A command that runs the server, such as in a control group; may be empty.
@@ -65,6 +64,7 @@ class Server:
     def __init__(
         self,
         command: Sequence[str],
+        port: int,
         drafts: Sequence[str],
         folder: Path,
         before: Sequence[str],
@@ -72,6 +72,7 @@ class Server:
     ):
         self._command, self._drafts, self._folder = command, drafts, folder
         self._before, self._tally = before, tally
+        self._port, self.url = str(port), f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._features: Mapping[str, int] = {}
         self.starts = self.pid = 0
@@ -86,7 +87,7 @@ class Server:
         draft = self._drafts[self.starts % len(self._drafts)]
         command = [
             *self._before, sys.executable, "-m", "moefit", "serve", *self._command,
-            "--port", str(PORT), "--speculate", draft,
+            "--port", self._port, "--speculate", draft,
         ]  # fmt: skip
         environ = {**os.environ, "XDG_CACHE_HOME": str(self._folder / "cache")}
         with self.log.open("ab") as log:
