@@ -14,7 +14,8 @@ to compile arrive.
 
 Every complete answer is compared: see `soak_requests`. In bfloat16, where transformers rounds
 differently, the model's own answers are those of a served model that computes nothing else. Counted
-too: requests that do not end, samples above the current budget, growth of the process.
+too: requests that do not end, samples above the current budget, growth of the process. Ctrl-C ends
+the test early.
 
 The small file system is a tmpfs in a namespace of this process's own (Linux, `unshare`). --capped
 names a command that runs the server in a memory control group: COMMAND MIB SERVER...
@@ -26,6 +27,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,7 +52,7 @@ from soak_requests import (
     other_scripts,
     salted,
 )
-from soak_server import Server, Tally
+from soak_server import Clock, Server, Tally
 
 import moefit
 from moefit.api import folder_of
@@ -87,7 +89,7 @@ def main() -> None:
     print(json.dumps(results, indent=1))
     if given.save:
         notes = (
-            f"{given.minutes:g} minutes, {given.dtype}, {given.clients} clients, another budget "
+            f"{tally.minutes:g} minutes, {given.dtype}, {given.clients} clients, another budget "
             f"every {given.every:g} s, killed every {given.kill:g} s on average, prefixes on "
             f"{given.disk} MiB. Features are totals over all starts, up to the last look before "
             "each kill, in tokens but for experts and damaged files."
@@ -186,12 +188,16 @@ async def soak(
     async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT) as http:
         try:
             await server.start(http)
-            end = time.monotonic() + 60 * given.minutes
+            clock = Clock(60 * given.minutes)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, clock.stop)
             clients = [
-                Client(http, server, random.Random(given.seed + n), tally).run(scripts, end)
+                Client(http, server, random.Random(given.seed + n), tally).run(scripts, clock)
                 for n in range(given.clients)
             ]
-            await asyncio.gather(*clients, Faults(http, server, paths, given, tally, end).run())
+            await asyncio.gather(
+                clock.run(), *clients, Faults(http, server, paths, given, tally, clock).run()
+            )
+            tally.minutes = round(clock.ran / 60, 1)
             assert server.alive(), "the server ended"
         finally:
             server.end()
@@ -233,16 +239,16 @@ class Client:
     ):
         self._http, self._server, self._chance, self._tally = http, server, chance, tally
 
-    async def run(self, scripts: Sequence[Script], end: float) -> None:
-        """Send scripts, each kind as often as the others, until `end`."""
+    async def run(self, scripts: Sequence[Script], clock: Clock) -> None:
+        """Send scripts, each kind as often as the others, until the clock's end."""
         kinds = sorted({script[0].kind for script in scripts})
         by_kind = [[one for one in scripts if one[0].kind == kind] for kind in kinds]
-        while time.monotonic() < end:
+        while clock.goes_on():
             script = self._chance.choice(self._chance.choice(by_kind))
             new = f"{self._chance.random()}"
             for ask in salted(script, self._chance.choice([None, None, "shared", new])):
                 await self._server.up.wait()
-                if time.monotonic() < end:
+                if clock.goes_on():
                     await self._one(ask)
 
     async def _one(self, ask: Ask) -> None:

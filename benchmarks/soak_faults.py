@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 from soak_requests import bomb
-from soak_server import Server, Tally
+from soak_server import Clock, Server, Tally
 
 from moefit.serve.memory.budget import format_bytes
 
@@ -19,16 +19,16 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Faults:
-    """Everything that goes wrong, as loops that run until `end`.
+    """Everything that goes wrong, as loops that run until the clock's end.
 
     Args:
         http: A client.
         server: The server.
-        copy: Folder of the model that it serves.
-        disk: A small file system with its folder for prefixes, `prefixes`.
+        paths: Folder of the model that it serves, and a small file system with its folder for
+            prefixes, `prefixes`.
         given: Arguments of the command.
         tally: What is counted.
-        end: When to stop, on the monotonic clock.
+        clock: Says when to stop.
     """
 
     def __init__(
@@ -38,9 +38,10 @@ class Faults:
         paths: tuple[Path, Path],
         given: argparse.Namespace,
         tally: Tally,
-        end: float,
+        clock: Clock,
     ):
-        self._http, self._server, self._tally, self._end = http, server, tally, end
+        self._http, self._server, self._tally = http, server, tally
+        self._goes_on = clock.goes_on
         self._copy, self._disk = paths
         self._given, self._chance = given, random.Random(given.seed)
 
@@ -50,9 +51,6 @@ class Faults:
             self.change_budget(), self.lose_a_file(), self.fill_disk(), self.kill_in_mid_write(),
             self.cancel_some(), self.send_bombs(), self.watch(),
         )  # fmt: skip
-
-    def _goes_on(self, seconds: float = 0.0) -> bool:
-        return time.monotonic() + seconds < self._end
 
     async def change_budget(self) -> None:
         """Set another budget, between the least of this model and all experts, or let it follow."""
@@ -109,6 +107,8 @@ class Faults:
         """Kill the server while it writes a file of prefixes, if it does, and start it again."""
         while self._goes_on(90):
             await asyncio.sleep(self._chance.uniform(0.5, 1.5) * self._given.kill)
+            if not self._goes_on():
+                return
             async with self._server.steady:
                 for folder in (self._disk / "prefixes").glob("*/"):
                     stop = await asyncio.create_subprocess_exec(

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+_LONGEST_TICK = 2.0  # seconds; on a busy machine a tenth of a second takes longer
 _ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception))\b")
 
 
@@ -20,6 +21,7 @@ _ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception))\b")
 class Tally:
     """Counts for the record."""
 
+    minutes: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
     wrong: int = 0
     invalid: int = 0
@@ -47,6 +49,33 @@ class Tally:
         """Add to one of the fields that count by key."""
         counts: dict[str, int] = getattr(self, name)
         counts[key] = counts.get(key, 0) + number
+
+
+class Clock:
+    """Time in which the test runs; none passes while all of it is stopped (SIGSTOP).
+
+    Args:
+        seconds: How long it runs, unless `stop` is called.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self.ran = seconds, 0.0
+
+    def stop(self) -> None:
+        """End the test."""
+        self._seconds = self.ran
+
+    def goes_on(self, seconds: float = 0.0) -> bool:
+        """Return whether more than so many seconds are left."""
+        return self._seconds - self.ran > seconds
+
+    async def run(self) -> None:
+        """Count until the end."""
+        last = time.monotonic()
+        while self.goes_on():
+            await asyncio.sleep(0.1)
+            now = time.monotonic()
+            self.ran, last = self.ran + min(now - last, _LONGEST_TICK), now
 
 
 class Server:
