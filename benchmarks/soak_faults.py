@@ -75,8 +75,8 @@ class Faults:
         """Empty a shard for a while, so that reads are too short; its inode stays."""
         shard = sorted(self._copy.glob("*.safetensors"))[-1]
         whole = shard.read_bytes()
-        while self._goes_on(40):
-            await asyncio.sleep(30)
+        while self._goes_on(70):
+            await asyncio.sleep(60)
             async with self._server.steady:
                 with shard.open("r+b") as file:
                     file.truncate(len(whole) // 4)
@@ -141,7 +141,7 @@ class Faults:
     async def cancel_some(self) -> None:
         """Cancel a request that runs or waits, as an operator."""
         while self._goes_on():
-            await asyncio.sleep(3)
+            await asyncio.sleep(10)
             await self._server.up.wait()
             with suppress(httpx.TransportError):
                 found = (await self._http.get("/v1/requests")).json()["requests"]
