@@ -40,7 +40,7 @@ from moefit.serve.memory.budget import PARTS, MemoryBudget, format_bytes, part_l
 from moefit.serve.memory.estimate import InitialFormats, draft_bytes, memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.store import PackedStore
-from moefit.serve.prediction.prefetch import PREGATED, PROBES
+from moefit.serve.prediction.prefetch import PREGATED, PREVIOUS, PROBES
 from moefit.server.tokenizer import RENDER_RESIDENT
 
 WHOLE_WINDOWS = 1 << 62
@@ -182,7 +182,10 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
     say(_summary(served, options.experts))
     obstacle = served.report()["prefetch"]["obstacle"]
     if served.prefetching.setting == PREGATED and not obstacle:
-        say("pre-gated: the experts of each layer are read while the layer before is computed")
+        early = "all layers are known before a token is computed, and read from then on"
+        if served.report()["prefetch"]["predictor"] != PREVIOUS:
+            early = "each layer are read while the layer before is computed"
+        say(f"pre-gated: the experts of {early}")
     elif obstacle and options.prefetch is not PrefetchName.off:
         say(f"note: --prefetch {options.prefetch.value} has no effect: {obstacle}")
     elif served.prefetching.predictor is not None:

@@ -12,7 +12,7 @@ values, so that everything that changes a cache (crop, reorder, repeat) changes 
 Shapes: B sequences, T tokens of the pass, N tokens with the cached ones, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +44,17 @@ class LogitsOfRequests(Protocol):
         """
         ...
 
+    def last_logits(self, block: int) -> Tensor | None:
+        """Return the logits [B, E] by which the step that begins routes one token per sequence.
+
+        Args:
+            block: Index of the block.
+
+        Returns:
+            None if it has other numbers of tokens.
+        """
+        ...
+
 
 class RouterLogits(DynamicLayer):
     """A layer of a cache that holds the router logits of a block: [B, 1, N, E] as keys."""
@@ -62,13 +73,13 @@ class PreviousToken:
     Attributes:
         follows_BT: False for tokens that are routed by their own logits; [1, T] if all sequences
             are alike.
-        cache: The KV cache, with `RouterLogits`; None in a pass over whole sequences.
-        blocks: Number of blocks.
+        requests: A KV cache that several sequences share; None for another.
+        layers: Layers for logits of another KV cache; empty in a pass over whole sequences.
     """
 
     follows_BT: Tensor
-    cache: Any
-    blocks: int
+    requests: LogitsOfRequests | None
+    layers: Sequence[RouterLogits]
 
     @classmethod
     def of(
@@ -94,24 +105,25 @@ class PreviousToken:
         if attention_mask is not None and attention_mask.ndim == 2:
             before_BN = F.pad(attention_mask, (1, 0))[:, :-1].bool()
             follows_BT = follows_BT & before_BN[:, -follows_BT.shape[1] :]
-        if not isinstance(cache, LogitsOfRequests):
-            past = 0 if cache is None else _prepared(cache, blocks)
-            if past == 0:
-                follows_BT[:, 0] = False
-        return cls(follows_BT, cache, blocks)
+        if isinstance(cache, LogitsOfRequests):
+            return cls(follows_BT, cache, ())
+        layers = () if cache is None else _layers_for_logits(cache, blocks)
+        if not layers or not layers[0].get_seq_length():
+            follows_BT[:, 0] = False
+        return cls(follows_BT, None, layers)
 
     def of_block(self, block: int) -> Shift:
         """Return by which logits a block routes, given its router's own."""
         return partial(self._shifted, block)
 
     def _shifted(self, block: int, logits_BTE: Tensor) -> Tensor:
-        if self.cache is None:
-            before_BTE = logits_BTE.roll(1, dims=1)
-        elif isinstance(self.cache, LogitsOfRequests):
-            before_BTE = self.cache.logits_before(block, logits_BTE)
+        if self.requests is not None:
+            before_BTE = self.requests.logits_before(block, logits_BTE)
+        elif self.layers:
+            all_BNE = self.layers[block].append(logits_BTE)
+            before_BTE = all_BNE.roll(1, dims=1)[:, -logits_BTE.shape[1] :]
         else:
-            layer: RouterLogits = self.cache.layers[self.blocks + block]
-            before_BTE = layer.append(logits_BTE).roll(1, dims=1)[:, -logits_BTE.shape[1] :]
+            before_BTE = logits_BTE.roll(1, dims=1)
         return torch.where(self.follows_BT[..., None], before_BTE, logits_BTE)
 
 
@@ -119,13 +131,15 @@ def logits_of_last(cache: Any, block: int, blocks: int) -> Tensor | None:
     """Return the logits [B, E] by which a block will route the token after the cached ones.
 
     Args:
-        cache: The KV cache before the step.
+        cache: The KV cache before a step of one token per sequence.
         block: Index of the block.
         blocks: Number of blocks.
 
     Returns:
-        None if there are none yet.
+        None if there are none.
     """
+    if isinstance(cache, LogitsOfRequests):
+        return cache.last_logits(block)
     layers = getattr(cache, "layers", ())
     layer = layers[blocks + block] if len(layers) > blocks + block else None
     if not isinstance(layer, RouterLogits) or not layer.get_seq_length():
@@ -134,8 +148,8 @@ def logits_of_last(cache: Any, block: int, blocks: int) -> Tensor | None:
     return layer.keys[:, 0, -1]
 
 
-def _prepared(cache: Cache, blocks: int) -> int:
-    """Add layers for logits to a cache that has none, and return how many tokens it holds."""
+def _layers_for_logits(cache: Cache, blocks: int) -> Sequence[RouterLogits]:
+    """Return the layers of a cache that hold logits; adds them to one that has none."""
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModelError(
             "pregated='previous_token' keeps the router logits of past tokens in the KV cache, and "
@@ -155,4 +169,4 @@ def _prepared(cache: Cache, blocks: int) -> int:
             "but pregated='previous_token' routes the next token by those of the last; give a "
             "cache that this model has filled"
         )
-    return past
+    return held

@@ -1,9 +1,11 @@
 """Keys and values of requests in one preallocated pool.
 
+Beside them lie a token's router logits, for models that route by those of the token before.
 `KvPool` holds the tensors and moves their contents; `PrefixCache` decides which request lies where,
 and which keys and values of earlier ones stay.
 
-Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width.
+Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width, E
+experts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,11 +32,12 @@ class KvPool:
     def __init__(self, places: int, *, int8: bool = False):
         self.places, self.int8 = PrefixCache(places), int8
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._logits: dict[int, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Size of all layers in bytes; 0 before the first step."""
-        return sum(one.nbytes for pair in self._layers.values() for one in _tensors(pair))
+        return sum(one.nbytes for one in self._tensors())
 
     def open(self, name: str, size: int, prefix: Prefix | None = None) -> int:
         """Reserve places for a request; moves others if the free space is fragmented.
@@ -70,21 +73,36 @@ class KvPool:
             self._layers[index] = pair
         return pair
 
+    def logits(self, block: int, like_RE: Tensor) -> Tensor:
+        """Return the router logits [P, E] of a block, creating them on first use; never int8.
+
+        Args:
+            block: Index of the block.
+            like_RE: New logits, which determine shape, dtype and device.
+        """
+        if (held := self._logits.get(block)) is None:
+            with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
+                shape = 1, self.places.places, like_RE.shape[1]
+                held = torch.zeros(shape, dtype=like_RE.dtype, device=like_RE.device)
+            self._logits[block] = held
+        return held[0]
+
+    def known_logits(self, block: int) -> Tensor | None:
+        """Return the router logits [P, E] of a block; None before its first use."""
+        held = self._logits.get(block)
+        return None if held is None else held[0]
+
     def known(self, index: int) -> tuple[Tensor, Tensor] | None:
         """Return keys and values [G, P, C] of a layer; None before its first use."""
         return self._layers.get(index)
 
     def storages(self) -> frozenset[int]:
         """Return the addresses of all storages, to recognise views of them."""
-        return frozenset(
-            one.untyped_storage().data_ptr()
-            for pair in self._layers.values()
-            for one in _tensors(pair)
-        )
+        return frozenset(one.untyped_storage().data_ptr() for one in self._tensors())
 
     @property
     def bytes_per_place(self) -> int:
-        """Bytes of a token's keys and values in all layers."""
+        """Bytes of a token in all layers."""
         return self.nbytes // self.places.places
 
     def layout(self) -> str:
@@ -93,35 +111,37 @@ class KvPool:
             (index, [(str(one.dtype), one.shape[0], *one.shape[2:]) for one in _tensors(pair)])
             for index, pair in sorted(self._layers.items())
         ]
-        return repr(shapes)
+        logits = [(block, one.shape[2]) for block, one in sorted(self._logits.items())]
+        return repr(shapes) + (repr(logits) if logits else "")
 
     def copy_out(self, blocks: Sequence[int]) -> bytearray:
         """Return the content of blocks, by their first places."""
         size, content = self.places.block, bytearray()
-        for pair in (self._layers[index] for index in sorted(self._layers)):
-            for one in _tensors(pair):
-                parts = [one[:, start : start + size] for start in blocks]
-                content += _bytes_of(torch.cat(parts, dim=1))
+        for one in self._tensors():
+            parts = [one[:, start : start + size] for start in blocks]
+            content += _bytes_of(torch.cat(parts, dim=1))
         return content
 
     def copy_in(self, start: int, content: bytearray) -> None:
         """Set the content of consecutive places, from `start` on, as `copy_out` returned it."""
         tokens, begin = len(content) // self.bytes_per_place, 0
-        for pair in (self._layers[index] for index in sorted(self._layers)):
-            for one in _tensors(pair):
-                target = one[:, start : start + tokens]
-                flat = torch.frombuffer(
-                    content, dtype=one.dtype, count=target.numel(), offset=begin
-                )
-                target.copy_(flat.view(target.shape))
-                begin += target.nbytes
+        for one in self._tensors():
+            target = one[:, start : start + tokens]
+            flat = torch.frombuffer(content, dtype=one.dtype, count=target.numel(), offset=begin)
+            target.copy_(flat.view(target.shape))
+            begin += target.nbytes
         assert begin == len(content)
 
     def check(self) -> None:
         """Raise AssertionError if ranges overlap or layers differ in size."""
         self.places.check()
-        for pair in self._layers.values():
-            assert all(one.shape[1] == self.places.places for one in pair)
+        assert all(one.shape[1] == self.places.places for one in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        """Return everything that is held per place, in a fixed order; dimension 1 is of places."""
+        pairs = [self._layers[index] for index in sorted(self._layers)]
+        logits = [self._logits[block] for block in sorted(self._logits)]
+        return logits + [one for pair in pairs for one in _tensors(pair)]
 
     def _allocated(self, like: Tensor) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
@@ -133,9 +153,8 @@ class KvPool:
     def _move(self, moves: Iterable[Move]) -> None:
         """Copy in chunks, reading parts that overlap before they are overwritten."""
         for move in moves:
-            for pair in self._layers.values():
-                for one in _tensors(pair):
-                    _copy(one, move)
+            for one in self._tensors():
+                _copy(one, move)
 
 
 def _copy(places_GP: Tensor, move: Move) -> None:

@@ -153,6 +153,21 @@ class VarlenCache(Cache):
         key, value = (one.index_select(1, self._gathered_N)[None] for one in pair)
         return key, value
 
+    def logits_before(self, block: int, logits_BTE: Tensor) -> Tensor:
+        """Keep a step's router logits; return those before each token (`LogitsOfRequests`)."""
+        new_RE = logits_BTE.flatten(0, 1)
+        pool_PE = self.pool.logits(block, new_RE)
+        pool_PE.index_copy_(0, self._places_R, new_RE)
+        before_R = (self._places_R - 1).clamp_min(0)  # of a request's first token arbitrary
+        return pool_PE.index_select(0, before_R).view_as(logits_BTE)
+
+    def last_logits(self, block: int) -> Tensor | None:
+        """Return the logits before a step of one token per request; see `LogitsOfRequests`."""
+        pool_PE = self.pool.known_logits(block)
+        if pool_PE is None or not all(one.past and one.new == 1 for one in self._segments):
+            return None
+        return pool_PE.index_select(0, self._places_R - 1)
+
     def rows(self, layer_idx: int, window: int | None) -> CacheRows | None:
         """Return where this step's tokens belong; None before the first step or if gathered."""
         if self.gather or (pair := self.pool.known(layer_idx)) is None:

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.device import parse_device
-from moefit.dsmoe.config import PREVIOUS_TOKEN
-from moefit.errors import BudgetTooSmallError, CheckpointError, UnsupportedModelError
+from moefit.errors import BudgetTooSmallError, CheckpointError
 from moefit.moe.expert_dropout import dropout_record, order_of_blocks
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import Format, parse_format
@@ -84,11 +83,6 @@ def load_model(
     device = parse_device(settings.device)
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter, mtp=settings.mtp)
-    if getattr(skeleton.model.config, "pregated", False) == PREVIOUS_TOKEN:
-        raise UnsupportedModelError(
-            f"pregated={PREVIOUS_TOKEN!r} is not served yet: `moefit export --format dsmoe` writes "
-            "a folder that transformers runs"
-        )
     packed = open_packed(skeleton, _formats_to_encode(settings))
     if settings.draft is not None:
         check_vocabulary(skeleton, draft_skeleton(settings))

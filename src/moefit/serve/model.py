@@ -325,6 +325,7 @@ class ServedModel:
             settings: With which the model was loaded.
             probes: What was found of its probes.
         """
+        self.prefetching.close()
         with self.zero_experts():
             self.prefetching = start_prefetching(
                 self.model, self.blocks, self._shared, settings, self._context(), probes
@@ -563,6 +564,7 @@ class ServedModel:
                 hook.remove()
             for undo in self._undo_kernels:
                 undo()
+            self.prefetching.close()
             self.host_computing.close(list(self.blocks.values()))
         if self.draft is not None:
             self.draft.close()

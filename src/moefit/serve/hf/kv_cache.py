@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from moefit.cache_argument import forward_with_cache, given_cache, with_cache
+from moefit.dsmoe.config import PREVIOUS_TOKEN
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
 from moefit.quant.kv_int8 import Int8Rows, part_of, write_rows
 from moefit.serve.hf.attention import INT8_NAME
@@ -356,6 +357,8 @@ def int8_obstacle(config: Any) -> str | None:
         return "it has an encoder, whose output is cached too"
     if getattr(text, "kv_lora_rank", None):
         return "it caches latent vectors that it expands (multi-head latent attention)"
+    if getattr(config, "pregated", False) == PREVIOUS_TOKEN:
+        return "it caches router logits, and rounded ones would choose other experts"
     return None
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moefit.dsmoe.config import PREVIOUS_TOKEN
 from moefit.errors import CheckpointError
 from moefit.moe.routing import Routing
 from moefit.serve.cache.swaps import SharedState
@@ -36,12 +37,14 @@ from moefit.serve.prediction.next_router import (
     obstacle,
 )
 from moefit.serve.prediction.pregated import EarlyReader, PreGates, is_pregated
+from moefit.serve.prediction.previous_token import KnownChoices, StepReader
 from moefit.serve.prediction.probes import NO_PROBES, UNUSED, FoundProbes, Maps, Probes
 
 MOST_TOKENS = 32  # of a step; more choose nearly all experts
 UNLIKELY = 0.1  # confidence up to which a guess may displace a resident
 PROBES, NEXT_ROUTER = "probes", "next router"  # names of predictors
 PREGATED = "pregated"  # another; in place of the setting, of models that know their next experts
+PREVIOUS = "previous token"  # another: all blocks' experts are known before a step
 _LOG = logging.getLogger(__name__)
 _KEEP = 0.9  # of the mean window of a block, per step
 
@@ -216,8 +219,8 @@ class Prefetching:
 
     Attributes:
         setting: As given, or `pregated`.
-        predictor: What predicts: probes, the next router, or that of a pre-gated model; None if no
-            experts can be predicted.
+        predictor: What predicts: probes, the next router, or what a pre-gated model knows; None if
+            no experts can be predicted.
         routers: The next router, also where probes predict; None if it cannot.
         probes: The probes that predict, and why others do not.
         prefetcher: At work; None if there is an obstacle.
@@ -228,8 +231,13 @@ class Prefetching:
     predictor: Predictor | None = None
     routers: NextRouter | None = None
     probes: FoundProbes = NO_PROBES
-    prefetcher: Prefetcher | EarlyReader | None = None
+    prefetcher: Prefetcher | EarlyReader | StepReader | None = None
     obstacle: str = "it is off"
+
+    def close(self) -> None:
+        """Remove what it has added to the model."""
+        if isinstance(self.prefetcher, StepReader):
+            self.prefetcher.close()
 
     def budget_changed(self) -> None:
         """Measure anew whether prefetching pays; called under the lock of `SharedState`."""
@@ -267,6 +275,8 @@ class Prefetching:
                 return None
             case PreGates():
                 return PREGATED
+            case KnownChoices():
+                return PREVIOUS
             case Probes():
                 return PROBES
             case _:
@@ -338,6 +348,10 @@ def _read_early(
     """Let a pre-gated model read its experts early, whatever the setting: nothing is guessed."""
     if settings.precision == AUTO_PRECISION:
         return Prefetching(setting=PREGATED, obstacle=FORMATS_DEPEND)
+    if model.config.pregated == PREVIOUS_TOKEN:
+        steps = StepReader(model, list(blocks.values()), shared)
+        shared.watcher = steps
+        return Prefetching(setting=PREGATED, predictor=steps.choices, prefetcher=steps, obstacle="")
     gates = PreGates(model, list(blocks.values()))
     reader = EarlyReader(list(blocks.values()), shared, gates)
     shared.watcher = reader

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def is_pregated(model: nn.Module) -> bool:
-    """Return whether routers of a model are given the inputs of the block before."""
+    """Return whether a model knows experts early, by the block or the token before."""
     return isinstance(model, PreTrainedModel) and bool(getattr(model.config, "pregated", False))
 
 
@@ -53,14 +53,35 @@ class PreGates:
         scores_TE = self.scores(block, 1, x_TD)
         if scores_TE is None:
             return ()
-        rule = Rule.parse(self._model.config.inference_rule)
-        routing = route(scores_TE, rule, None)
-        num_experts = scores_TE.shape[1]
-        weight_E = scores_TE.new_zeros(num_experts + 1)  # the last entry is padding
-        weight_E.scatter_add_(0, routing.ids_TK.flatten(), routing.weights_TK.flatten())
-        chosen = set(routing.ids_TK.flatten().tolist()) - {num_experts}
-        weights = weight_E.tolist()
-        return sorted(chosen, key=lambda one: (-weights[one], one))
+        return most_wanted(scores_TE, Rule.parse(self._model.config.inference_rule))
+
+
+def most_wanted(scores_TE: Tensor, rule: Rule) -> Sequence[int]:
+    """Return the experts that a rule chooses for scores, those of the largest weights first."""
+    routing = route(scores_TE, rule, None)
+    num_experts = scores_TE.shape[1]
+    weight_E = scores_TE.new_zeros(num_experts + 1)  # the last entry is padding
+    weight_E.scatter_add_(0, routing.ids_TK.flatten(), routing.weights_TK.flatten())
+    chosen = set(routing.ids_TK.flatten().tolist()) - {num_experts}
+    weights = weight_E.tolist()
+    return sorted(chosen, key=lambda one: (-weights[one], one))
+
+
+def read_absent(experts: VirtualExperts, wanted: Sequence[int]) -> None:
+    """Start to read those of these experts that a block lacks, as far as there are slots.
+
+    Args:
+        experts: The block; the caller holds the lock.
+        wanted: What its next step will choose; none of them is evicted.
+    """
+    table = experts.slot_table
+    loading, protected = set(table.filling), set(wanted)
+    for expert in wanted:
+        if expert in table.residents or expert in loading:
+            continue
+        with torch.inference_mode():
+            if not experts.swaps.prefetch(expert, protected):
+                return
 
 
 class EarlyReader:
@@ -90,19 +111,9 @@ class EarlyReader:
         if block + 1 >= len(self._blocks):
             return
         try:
-            self._read(self._blocks[block + 1], self.gates.choice(block, x_TD))
+            read_absent(self._blocks[block + 1], self.gates.choice(block, x_TD))
         except Exception as error:  # noqa: BLE001 - the step fetches its experts anyway
             if self._shared.watcher is self:
                 self._shared.watcher = None
             self.failure = f"{type(error).__name__}: {error}"
             _LOG.warning("nothing is read early any more: %s", self.failure, exc_info=error)
-
-    def _read(self, experts: VirtualExperts, wanted: Sequence[int]) -> None:
-        table = experts.slot_table
-        loading, protected = set(table.filling), set(wanted)
-        for expert in wanted:
-            if expert in table.residents or expert in loading:
-                continue
-            with torch.inference_mode():
-                if not experts.swaps.prefetch(expert, protected):
-                    return

@@ -208,7 +208,8 @@ class PrefetchState(BaseModel):
         setting: Of `--prefetch`; `pregated` for models that know their next experts.
         obstacle: Why nothing is read early now; may be empty.
         pays: Whether it was measured to be faster; null where it is not measured.
-        predictor: `probes`, `next router` or `pregated`; null if nothing predicts.
+        predictor: `probes`, `next router`, `pregated` or `previous token`; null if nothing
+            predicts.
         probes: Trained predictors; null if there are none.
         probes_ignored: Why a file of probes is not used; may be empty.
     """

@@ -1,0 +1,132 @@
+"""Read the experts of all blocks before a step begins, in exact mode.
+
+Models with `pregated: previous_token` route a token by the router logits of the token before, which
+lie in the KV cache. So before a step of one token per sequence the choice of every block is known.
+Nothing is guessed: all experts that blocks lack are requested at once, in the order of the blocks,
+as far as there are slots, and read while the blocks before are computed. Outputs do not depend on
+it.
+
+Shapes: B sequences, E experts.
+"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from moefit.cache_argument import given_cache
+from moefit.dsmoe.previous_token import logits_of_last
+from moefit.moe.routing import Routing, Rule
+from moefit.serve.cache.swaps import SharedState
+from moefit.serve.layer.moe_layer import VirtualExperts
+from moefit.serve.prediction.pregated import most_wanted, read_absent
+
+_LOG = logging.getLogger(__name__)
+
+
+class KnownChoices:
+    """The choice of every block, known since the step began: a `Predictor` that is never wrong.
+
+    Args:
+        model: The model.
+        blocks: Number of its blocks.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: int):
+        self._model, self._blocks = model, blocks
+        self._cache: weakref.ref[Any] | None = None
+
+    def begin(self, named: dict[str, Any]) -> None:
+        """Take the arguments of the forward pass that begins."""
+        ids_BT, cache = named.get("input_ids"), given_cache(named)
+        few = isinstance(ids_BT, Tensor) and ids_BT.shape[1] == 1
+        self._cache = weakref.ref(cache) if few and cache is not None else None
+
+    def logits(self, block: int) -> Tensor | None:
+        """Return the logits [B, E] by which a block that is not computed yet will route.
+
+        None unless the step has one token per sequence, each with one before it.
+        """
+        cache = None if self._cache is None else self._cache()
+        return None if cache is None else logits_of_last(cache, block, self._blocks)
+
+    def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor | None:
+        """Return the scores of a later block's experts [T, E]; see `Predictor`."""
+        if block + ahead >= self._blocks:
+            return None
+        logits_BE = self.logits(block + ahead)
+        if logits_BE is None or len(logits_BE) != len(x_TD):
+            return None
+        return logits_BE.softmax(-1)
+
+    def choice(self, block: int) -> Sequence[int]:
+        """Return the experts that a block will choose, most wanted first; none if unknown."""
+        logits_BE = self.logits(block)
+        if logits_BE is None:
+            return ()
+        return most_wanted(logits_BE.softmax(-1), Rule.parse(self._model.config.inference_rule))
+
+
+class StepReader:
+    """Reads what blocks lack before each step begins; a `StepWatcher` only by its place.
+
+    Args:
+        model: The model, which is given a hook until `close`.
+        blocks: The served blocks, in order.
+        shared: Their state.
+
+    Attributes:
+        choices: What is known of the step.
+        failure: The error after which it was switched off; empty if there was none.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[VirtualExperts], shared: SharedState
+    ):
+        self._blocks, self._shared = blocks, shared
+        self.choices = KnownChoices(model, len(blocks))
+        self.trial, self.failure = None, ""  # nothing is tried: reading early is never wasted
+        self._hook: RemovableHandle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
+
+    def chosen(self, block: int, routing: Routing) -> None:
+        """The choice is the one that was known."""
+
+    def read(self, block: int, x_TD: Tensor) -> None:
+        """Nothing is left to read: all blocks' experts are requested when a step begins."""
+
+    def computed(self, block: int) -> None:
+        """Nothing follows the end of a block."""
+
+    def _begin(self, _model: nn.Module, _given: Any, named: dict[str, Any]) -> None:
+        self.choices.begin(named)
+        with self._shared.lock:
+            if self._shared.watcher is not self or not self._may_read():
+                return
+            try:
+                self._read()
+            except Exception as error:  # noqa: BLE001 - the step fetches its experts anyway
+                self._shared.watcher = None
+                self.failure = f"{type(error).__name__}: {error}"
+                _LOG.warning("nothing is read early any more: %s", self.failure, exc_info=error)
+
+    def _may_read(self) -> bool:
+        """Return whether the step fetches its experts: not while experts are only recorded."""
+        policy = self._shared.policy
+        fetches = policy.mode == "exact" and policy.residency == "manager"
+        return fetches and all(one.recorder is None for one in self._blocks)
+
+    def _read(self) -> None:
+        for number, experts in enumerate(self._blocks):
+            if len(experts.slot_table.residents) == experts.num_experts:
+                continue
+            with torch.inference_mode():
+                read_absent(experts, self.choices.choice(number))
