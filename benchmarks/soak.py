@@ -59,7 +59,7 @@ from moefit.api import folder_of
 from moefit.evaluate.loading import load_full_model
 
 APART = "MOEFIT_SOAK_APART"  # set in the process that has a namespace of its own
-TIMEOUT = 600
+TIMEOUT = 3600  # long, since all of the test may be stopped for a while
 AFTER_OUTAGE = 90.0  # seconds in which errors of an outage may still be answered
 
 

@@ -49,8 +49,8 @@ class Store:
         path.write_text(json.dumps(record))
         return path
 '''
-OPENINGS = ("    def remove", "    def names", "\n\ndef main", "    @property", "    def __len__",
-            "\n\nclass Error")  # fmt: skip
+OPENINGS = ("    def remove", "    def names", "\n\ndef main", "    @property")
+SEEDS = range(2)
 TURNS = (
     "\n    def copy(self, name, other):\n        ", "\n\n    # Sizes of files\n    def size(self",
     "\n\nif __name__ == '__main__':\n", "\n\ndef test_read():\n    store = Store(",
@@ -101,7 +101,7 @@ def greedy_scripts(own: Callable[[str, int], str]) -> list[Script]:
 
     edits = ["class Values:\n" + "".join(EDITED.format(n=n + k) for n in range(6)) for k in (1, 4)]
     return [
-        *([ask("plain", prompt, tokens)] for prompt in PROMPTS for tokens in (4, 16, 48)),
+        *([ask("plain", prompt, tokens)] for prompt in PROMPTS for tokens in (4, 32)),
         *map(conversation, OPENINGS),
         *([ask("repetition", text, 64)] for text in edits),
     ]
@@ -140,9 +140,9 @@ SAYS = ("Change the file.", "How is the weather?", "Who wrote this store?")
 def other_scripts() -> list[Script]:
     """Return scripts whose answers a server has to give first."""
     return [
-        *([one] for seed in range(3) for one in _structured(seed)),
-        *([one] for seed in range(3) for one in _tools(seed)),
-        *([one] for seed in range(3) for one in _sampled(seed)),
+        *([one] for seed in SEEDS for one in _structured(seed)),
+        *([one] for seed in SEEDS for one in _tools(seed)),
+        *([one] for seed in SEEDS for one in _sampled(seed)),
     ]
 
 
