@@ -21,7 +21,7 @@ def write_file(
     Args:
         out: The file.
         metadata: Values by key, with `general.architecture`; pairs are a value and its type.
-        tensors: Values in float32 by name.
+        tensors: Values in float32 by name; or bytes, uint8, of blocks of the type.
         types: Types of tensors by name; float32 for the others.
         most: Tensors in a file; more are split into several.
 
@@ -37,7 +37,8 @@ def write_file(
             writer.add_key_value(name, value, *kinds)
     for name, data in tensors.items():
         number = gguf.GGMLQuantizationType[(types or {}).get(name, "f32").upper()]
-        stored = gguf.quantize(np.ascontiguousarray(data, np.float32), number)
+        if (stored := data).dtype != np.uint8:
+            stored = gguf.quantize(np.ascontiguousarray(data, np.float32), number)
         writer.add_tensor(name, stored, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

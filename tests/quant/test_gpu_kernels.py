@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from k_quants import k_matrix
 from scaled_codes import CASES, matrix_of, scaled
 from torch import Tensor
 
+from moefit.checkpoint.gguf.blocks import K_QUANTS
 from moefit.moe.layouts import ACTIVATIONS
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Weight
 from moefit.quant.grouped_int import GroupedMatrix
@@ -89,10 +91,16 @@ def test_product_equals_dense_matrix(kind) -> None:
         assert_product(x_TI, weight_of(kind, rows, cols))
 
 
-@pytest.mark.parametrize("name", [*CASES, "fp8"])
+@pytest.mark.parametrize("name", [*CASES, "fp8", *K_QUANTS])
 def test_codes_of_checkpoints_are_multiplied_as_their_values(name: str) -> None:
     """Values are decoded exactly, and are rounded to the tokens' dtype if there are several."""
-    matrix = matrix_of(17, 160) if name == "fp8" else scaled(name, 17, 128)
+    matrix = (
+        matrix_of(17, 160)
+        if name == "fp8"
+        else k_matrix(name, 17, 512)
+        if name in K_QUANTS
+        else scaled(name, 17, 128)
+    )
     weight_OI, dtype = matrix.dense().double(), DTYPES[len(name) % 3]
     assert torch.equal(RUN.decode(placed(matrix), torch.float32).cpu().double(), weight_OI)
     for tokens in (1, 3):

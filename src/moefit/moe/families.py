@@ -27,10 +27,11 @@ class ScaledCodes:
 
     Attributes:
         name: As reports call it, such as `mxfp4`.
-        codes: `e2m1` (floats of 4 bits), `int4`, `int8` or `e4m3` (floats of 8 bits).
+        codes: `e2m1` (floats of 4 bits), `int4`, `int8`, `e4m3` (floats of 8 bits), or a k-quant of
+            llama.cpp, `q2_k` to `q6_k`, whose scales are codes too.
         scales: `e8m0` (exponents of two), `float16` or `bfloat16`; `float32` of `e4m3`.
-        group: 32 if any 32 inputs may have a scale of their own, else 64; 128 for `e4m3`. Larger
-            groups repeat it.
+        group: 32 if any 32 inputs may have a scale of their own, else 64; 128 for `e4m3`, 256 for
+            k-quants. Larger groups repeat it.
         zeros: Whether groups have zero points.
         transposed: Whether the model's tensor has input units in rows; rows of codes are output
             units in any case.

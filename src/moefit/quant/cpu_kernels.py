@@ -23,13 +23,12 @@ from moefit.graphs import all_outside_of_graphs
 from moefit.moe.routing import Routing, plain_weighted_sum
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, EncodedRows, GroupedMatrix, groups_of
 from moefit.quant.moments import SecondMoments
-from moefit.quant.scaled.matrix import ScaledMatrix
 
 Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
 ELEMENTWISE = ("silu", "sigmoid")
-VERSION = 20  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 21  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -184,21 +183,26 @@ class Kernels:
         return y_TO.to(dtype)
 
     def fill(
-        self, matrix: ScaledMatrix, first: int, codes_RB: Tensor, flip: int, meta_RMG: Tensor
+        self,
+        matrix: EncodedRows,
+        first: int,
+        codes_RB: Tensor,
+        flip: int = 0,
+        meta_RMG: Tensor | None = None,
     ) -> None:
-        """Fill rows from `first` on; see `quant.scaled.fill.fill_rows`.
+        """Fill rows from `first` on; see `quant.scaled.fill.fill_rows` and `k_quants.fill_blocks`.
 
         Args:
-            matrix: In host memory.
+            matrix: Of a checkpoint's codes, in host memory.
             first: The first row.
-            codes_RB: Codes as the checkpoint has them, consecutive rows.
+            codes_RB: Codes as the checkpoint has them, consecutive rows; blocks of k-quants.
             flip: Number that each byte is combined with by exclusive or.
-            meta_RMG: Metadata, row by row.
+            meta_RMG: Metadata, row by row, which k-quants have in their blocks.
         """
-        assert codes_RB.is_contiguous() and meta_RMG.is_contiguous()
+        assert codes_RB.is_contiguous() and (meta_RMG is None or meta_RMG.is_contiguous())
         self._library.moefit_fill(
             _matrix(matrix), first, len(codes_RB), codes_RB.data_ptr(), codes_RB.shape[1], flip,
-            meta_RMG.data_ptr(),
+            None if meta_RMG is None else meta_RMG.data_ptr(),
         )  # fmt: skip
 
     def decode(self, matrix: EncodedRows, dtype: torch.dtype) -> Tensor:

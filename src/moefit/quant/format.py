@@ -36,10 +36,8 @@ from moefit.quant.grouped_int import (
     meta_bytes,
     meta_per_group,
 )
-from moefit.quant.scaled.fp8 import Fp8Matrix, fp8_bytes
-from moefit.quant.scaled.matrix import ScaledMatrix, scaled_bytes
+from moefit.quant.scaled.held import held_bytes, held_matrix
 
-FP8_CODES = "e4m3"  # in `ScaledCodes`
 _ALIGNMENT = 64  # bytes: a cache line, and the width of the widest vector instructions
 Specs = Mapping[str, TensorSpec]
 """Shape and dtype of an expert's tensors by short name."""
@@ -141,9 +139,7 @@ class NativeFormat:
     def _sizes(self, spec: TensorSpec) -> tuple[int, ...]:
         if spec.stored is None or self.decoded:
             return (spec.nbytes,)
-        if spec.stored.codes == FP8_CODES:
-            return fp8_bytes(*matrix_shape(spec))
-        return scaled_bytes(*matrix_shape(spec), spec.stored)
+        return held_bytes(*matrix_shape(spec), spec.stored)
 
     def bind(self, buffer_B: Tensor, specs: Specs) -> Weights:
         """Return a view per tensor, or its codes."""
@@ -154,10 +150,7 @@ class NativeFormat:
         if spec.stored is None or self.decoded:
             return cut.take_tensor(spec)
         codes_B, meta_B = (cut.take(size) for size in self._sizes(spec))
-        cols = matrix_shape(spec)[1]
-        if spec.stored.codes == FP8_CODES:
-            return Fp8Matrix.of(cols, codes_B, meta_B)
-        return ScaledMatrix.of(spec.stored, cols, codes_B, meta_B)
+        return held_matrix(spec.stored, matrix_shape(spec)[1], codes_B, meta_B)
 
     def encode(self, weights: Weights, native: Tensors, specs: Specs) -> None:
         """Copy the tensors, none of which may be held as codes."""

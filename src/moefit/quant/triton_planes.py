@@ -13,7 +13,8 @@ import triton.language as tl
 
 GROUP = tl.constexpr(64)
 SLAB = tl.constexpr(16)
-SCALED = tl.constexpr(64)  # kinds from here on are of quant/scaled/matrix.py
+SCALED = tl.constexpr(64)  # kinds from here on are of quant/scaled/matrix.py,
+K_QUANT = tl.constexpr(128)  # and from here on of quant/scaled/k_quants.py
 FP8 = tl.constexpr(17)
 FP8_GROUP = tl.constexpr(128)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -66,6 +67,8 @@ def scaled_group(codes, meta, n_N, is_N, g, groups, rows, KIND: tl.constexpr):
 @triton.jit
 def _scaled(codes, meta, n, g, i, here, groups, rows, KIND: tl.constexpr):
     """Return scale * (value of code - zero); see quant/scaled/matrix.py."""
+    if KIND >= K_QUANT:
+        return _k_quant(codes, meta, n, g, i, here, groups, rows, KIND % 8)
     CODES: tl.constexpr = KIND % 4
     SCALES: tl.constexpr = KIND // 4 % 4
     TWO: tl.constexpr = KIND // 16 % 2
@@ -92,6 +95,48 @@ def _scaled(codes, meta, n, g, i, here, groups, rows, KIND: tl.constexpr):
     else:
         value = (code - (128 if CODES == 2 else 8)).to(tl.float32)
     return value * scale
+
+
+@triton.jit
+def _k_quant(codes, meta, n, g, i, here, groups, rows, BITS: tl.constexpr):
+    """Return d * scale * (code - zero) - m * minimum; see quant/scaled/k_quants.py."""
+    MINIMA: tl.constexpr = 1 if BITS == 2 or BITS == 4 or BITS == 5 else 0
+    code = _codes(codes, n, g, i, here, groups, rows, BITS)
+    if BITS == 2 or BITS == 6:  # a byte for each part of 16
+        pair = _word(meta, n, g, 1 + MINIMA + g % 4 * 2 + i // 32, here, groups, rows, BITS)
+        number = pair >> (i // 16 % 2 * 8) & 255
+        scale = number & 15 if BITS == 2 else (number ^ 128) - 128
+        least = number >> 4
+    else:  # four numbers of 6 bits for each group
+        lower = _word(meta, n, g, 1 + MINIMA + g % 4, here, groups, rows, BITS)
+        upper = _word(meta, n, g, 5 + MINIMA + g % 4 // 2, here, groups, rows, BITS)
+        numbers = lower | (upper >> (g % 2 * 8) & 255) << 16
+        PART: tl.constexpr = 16 if BITS == 3 else 32
+        scale = numbers >> (i // PART * 6) & 63
+        scale -= 32 if BITS == 3 else 0
+        least = numbers >> (i // 32 * 6 + 12) & 63
+    zero = 4 if BITS == 3 else 32 if BITS == 6 else 0
+    d = _k_half(meta, n, g, 0, here, groups, rows, BITS)
+    value = d * scale.to(tl.float32) * (code - zero).to(tl.float32)
+    if MINIMA:
+        value -= _k_half(meta, n, g, 1, here, groups, rows, BITS) * least.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _k_half(meta, n, g, number, here, groups, rows, BITS: tl.constexpr):
+    word = _word(meta, n, g, number, here, groups, rows, BITS)
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _word(meta, n, g, word, here, groups, rows, BITS: tl.constexpr):
+    """Return a word of the metadata of a group's block; a row has a word of all blocks first."""
+    WORDS: tl.constexpr = 10 if BITS == 2 else 9 if BITS == 6 else 7 if BITS == 3 else 8
+    blocks = groups // 4
+    unit = tl.where(n < rows // SLAB * SLAB, g // 4 * WORDS + word, word * blocks + g // 4)
+    found = tl.load(meta + _place(n, unit, WORDS * blocks, rows), mask=here, other=0)
+    return found.to(tl.int32) & 0xFFFF
 
 
 @triton.jit

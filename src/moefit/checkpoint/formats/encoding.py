@@ -33,8 +33,9 @@ class StoredCodes:
     """Some rows of a matrix as the checkpoint has them: codes, and scales of groups of columns.
 
     Attributes:
-        codes_RB: A row's codes in bytes, the first in the lowest bits.
-        scales_RG: Scales; bytes are exponents with a bias of 127.
+        codes_RB: A row's codes in bytes, the first in the lowest bits; of llama.cpp's k-quants, a
+            row's blocks as the file has them.
+        scales_RG: Scales; bytes are exponents with a bias of 127. Blocks of k-quants have theirs.
         group: Columns that share a scale.
         zeros_RG: Zero points, uint8, if there are any.
         signed: Whether codes of 8 bits are two's complement.

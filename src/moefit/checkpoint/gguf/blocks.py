@@ -7,6 +7,7 @@ Shapes: n blocks of B bytes, V values per block.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +31,8 @@ _SIXTEENS = (
     .view(-1)
 )
 Decode = Callable[[Tensor], Tensor]
+_Parts = tuple[Tensor, Tensor, Tensor | None]
+"""Codes [n, 256], and integers [n, G]: scales, and minima if there are any."""
 
 
 def decode_blocks(type: str, blocks_nB: Tensor) -> Tensor:
@@ -75,7 +78,8 @@ def _planes(bytes_ngw: Tensor, bits: int) -> Tensor:
 
     Four bytes are shifted at a time, as an int32; w is a multiple of 4.
     """
-    words = bytes_ngw.contiguous().view(torch.int32)
+    # A copy: what is contiguous because it is one block may have any stride.
+    words = torch.empty(bytes_ngw.shape, dtype=torch.uint8).copy_(bytes_ngw).view(torch.int32)
     n, g, w = words.shape
     planes = torch.empty(n, g, 8 // bits, w, dtype=torch.int32)
     for number in range(8 // bits):
@@ -144,6 +148,65 @@ def _mxfp4(blocks: Tensor) -> Tensor:
     return _look_up(_MXFP4, _nibbles(blocks, 1)).mul_(bits.view(torch.float32))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KBlocks:
+    """Blocks of a k-quant by what they consist of: d * scale * (code - zero) - m * minimum.
+
+    Attributes:
+        codes_nV: Codes, uint8.
+        scales_nG: Integers, each of which belongs to 256 / G codes.
+        d_n1: What scales are multiplied by, in float32.
+        minima_nG: Integers; None if the type has none.
+        m_n1: What minima are multiplied by.
+        zero: The code that stands for 0.
+    """
+
+    codes_nV: Tensor
+    scales_nG: Tensor
+    d_n1: Tensor
+    minima_nG: Tensor | None = None
+    m_n1: Tensor | None = None
+    zero: int = 0
+
+    def values(self) -> Tensor:
+        """Return the values, in float32."""
+        minima_nG = None
+        if self.minima_nG is not None and self.m_n1 is not None:
+            minima_nG = self.m_n1 * self.minima_nG.float()
+        codes_nV = self.codes_nV.float()
+        if self.zero:
+            codes_nV.sub_(self.zero)
+        return _scaled(self.d_n1 * self.scales_nG.float(), codes_nV, minima_nG)
+
+
+def k_factors(type: str, blocks_nB: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return d and m of the blocks of a k-quant, in float32 [n, 1]. Raises as `k_blocks` does."""
+    form = _K_QUANTS[type]
+    return _half(blocks_nB, form.d), None if form.m is None else _half(blocks_nB, form.m)
+
+
+def k_blocks(type: str, blocks_nB: Tensor) -> KBlocks:
+    """Return what the blocks of a k-quant consist of.
+
+    Args:
+        type: One of `K_QUANTS`.
+        blocks_nB: The bytes of whole blocks, uint8.
+
+    Raises:
+        CheckpointError: d or m is not finite. The message needs no name.
+    """
+    (d_n1, m_n1), form = k_factors(type, blocks_nB), _K_QUANTS[type]
+    codes_nV, scales_nG, minima_nG = form.parts(blocks_nB)
+    return KBlocks(
+        codes_nV=codes_nV,
+        scales_nG=scales_nG,
+        d_n1=d_n1,
+        minima_nG=minima_nG,
+        m_n1=m_n1,
+        zero=form.zero,
+    )
+
+
 def _scaled(scales_nG: Tensor, codes: Tensor, minima_nG: Tensor | None = None) -> Tensor:
     """Return `scale * code - minimum` [n, 256]; each of G scales belongs to 256 / G codes."""
     values = codes.reshape(*scales_nG.shape, -1).float().mul_(scales_nG[..., None])
@@ -152,46 +215,40 @@ def _scaled(scales_nG: Tensor, codes: Tensor, minima_nG: Tensor | None = None) -
     return values.view(len(scales_nG), 256)
 
 
-def _q2_k(blocks: Tensor) -> Tensor:
-    scales, codes = blocks[:, :16], _planes(blocks[:, 16:80].view(-1, 2, 32), 2)
-    minima = _half(blocks, 82) * (scales >> 4).float()
-    return _scaled(_half(blocks, 80) * (scales & 15).float(), codes, minima)
+def _q2_k(blocks: Tensor) -> _Parts:
+    codes, numbers = _planes(blocks[:, 16:80].view(-1, 2, 32), 2), blocks[:, :16]
+    return codes.view(-1, 256), numbers & 15, numbers >> 4
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
+def _q3_k(blocks: Tensor) -> _Parts:
     low = _planes(blocks[:, None, 96:104], 4).view(-1, 16)
     high = _planes(blocks[:, None, 104:108], 2).view(-1, 16)
-    scales = (low | (high << 4)).float().sub_(32).mul_(_half(blocks, 108))
     codes = _planes(blocks[:, 32:96].view(-1, 2, 32), 2).view(-1, 256)
-    absent = _planes(blocks[:, None, :32], 1).view(-1, 256) ^ 1  # the bit says: no 4 to subtract
-    return _scaled(scales, codes.float().sub_((absent << 2).float()))
+    third_bits = _planes(blocks[:, None, :32], 1).view(-1, 256)
+    return codes | (third_bits << 2), (low | (high << 4)).to(torch.int8).sub_(32), None
 
 
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _q4_k(blocks: Tensor) -> _Parts:
+    return _planes(blocks[:, 16:144].view(-1, 4, 32), 4).view(-1, 256), *_six_bits(blocks)
+
+
+def _q5_k(blocks: Tensor) -> _Parts:
+    high = _planes(blocks[:, None, 16:48], 1).view(-1, 256)
+    low = _planes(blocks[:, 48:176].view(-1, 4, 32), 4).view(-1, 256)
+    return low | (high << 4), *_six_bits(blocks)
+
+
+def _six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scales and minima [n, 8] of Q4_K and Q5_K, of 6 bits each in 12 bytes."""
     low, minimum, mixed = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat([low & 63, (mixed & 15) | ((low >> 2) & 48)], dim=1)
-    minima = torch.cat([minimum & 63, (mixed >> 4) | ((minimum >> 2) & 48)], dim=1)
-    return _half(blocks, 0) * scales.float(), _half(blocks, 2) * minima.float()
+    return scales, torch.cat([minimum & 63, (mixed >> 4) | ((minimum >> 2) & 48)], dim=1)
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks)
-    return _scaled(scales, _planes(blocks[:, 16:144].view(-1, 4, 32), 4), minima)
-
-
-def _q5_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks)
-    high = _planes(blocks[:, None, 16:48], 1).view(-1, 8, 32)
-    low = _planes(blocks[:, 48:176].view(-1, 4, 32), 4).view(-1, 8, 32)
-    return _scaled(scales, low | (high << 4), minima)
-
-
-def _q6_k(blocks: Tensor) -> Tensor:
+def _q6_k(blocks: Tensor) -> _Parts:
     low = _planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 256)
     high = _planes(blocks[:, 128:192].view(-1, 2, 32), 2).view(-1, 256)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float().mul_(_half(blocks, 208))
-    return _scaled(scales, (low | (high << 4)).float().sub_(32))
+    return low | (high << 4), blocks[:, 192:208].contiguous().view(torch.int8), None
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
@@ -202,17 +259,37 @@ def _iq4_xs(blocks: Tensor) -> Tensor:
     return _scaled(scales, _look_up(_IQ4, codes))
 
 
+@dataclass(frozen=True, slots=True)
+class _KQuant:
+    """Where a block has d and m, the code that stands for 0, and how the rest is found."""
+
+    d: int
+    m: int | None
+    zero: int
+    parts: Callable[[Tensor], _Parts]
+
+
+_K_QUANTS = {
+    "q2_k": _KQuant(80, 82, 0, _q2_k),
+    "q3_k": _KQuant(108, None, 4, _q3_k),
+    "q4_k": _KQuant(0, 2, 0, _q4_k),
+    "q5_k": _KQuant(0, 2, 0, _q5_k),
+    "q6_k": _KQuant(208, None, 32, _q6_k),
+}
+K_QUANTS = tuple(_K_QUANTS)
+
+
+def _k_decoder(type: str) -> Decode:
+    return lambda blocks: k_blocks(type, blocks).values()
+
+
 _DECODERS: dict[str, Decode] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q5_0": _q5_0,
     "q5_1": _q5_1,
     "q8_0": _q8_0,
-    "q2_k": _q2_k,
-    "q3_k": _q3_k,
-    "q4_k": _q4_k,
-    "q5_k": _q5_k,
-    "q6_k": _q6_k,
+    **{type: _k_decoder(type) for type in K_QUANTS},
     "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
     "mxfp4": _mxfp4,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefit.checkpoint.formats.encoding import Encoding, HeldEncoding, Parts, StoredCodes
 from moefit.checkpoint.formats.scaling import held_group, row_chunks
-from moefit.checkpoint.gguf.blocks import decode_blocks, require_package
+from moefit.checkpoint.gguf.blocks import K_QUANTS, decode_blocks, k_factors, require_package
 from moefit.checkpoint.gguf.types import BY_NAME
 from moefit.errors import CheckpointError
 from moefit.moe.families import ScaledCodes
@@ -66,7 +66,10 @@ class GgmlBlocks(HeldEncoding):
             raise CheckpointError(f"{weight.shape[0]} rows do not divide into {self.pairs} heads")
 
     def scaled_codes(self, parts: Parts) -> ScaledCodes | None:
-        """Return types whose blocks are codes and one scale."""
+        """Return types whose blocks are codes and one scale, and k-quants."""
+        if self.type in K_QUANTS and not self.pairs:
+            block = BY_NAME[self.type].values
+            return ScaledCodes(self.type, self.type, "float16", block, transposed=self.transposed)
         if self.type not in _HELD or self.pairs:
             return None
         codes, scales, _ = _HELD[self.type]
@@ -77,7 +80,12 @@ class GgmlBlocks(HeldEncoding):
         return ScaledCodes(self.type, codes, scales, group, transposed=self.transposed)
 
     def stored_codes(self, parts: Mapping[str, Tensor]) -> StoredCodes:
-        """Return the codes in the order of columns: a block has the first half in low bits."""
+        """Return the codes in the order of columns: a block has the first half in low bits.
+
+        Those of k-quants are whole blocks, whose scales are part of them.
+        """
+        if self.type in K_QUANTS:
+            return _whole_blocks(self.type, parts["weight"])
         codes, scales, begin = _HELD[self.type]
         type, stored = BY_NAME[self.type], parts["weight"]
         blocks_RGB = stored.view(len(stored), -1, type.nbytes)
@@ -261,6 +269,13 @@ def _stack(how: GgmlBlocks, stored: Tensor) -> Tensor:
     values = torch.empty(shape)
     how.decode_into({"weight": stored.flatten(0, 1)}, values.flatten(0, 1))
     return values
+
+
+def _whole_blocks(type: str, stored_RB: Tensor) -> StoredCodes:
+    """Return the blocks of a k-quant as codes; raise CheckpointError for scales not finite."""
+    k_factors(type, stored_RB.view(-1, BY_NAME[type].nbytes))
+    scales_RG = torch.empty(len(stored_RB), 0, dtype=torch.float16)
+    return StoredCodes(codes_RB=stored_RB, scales_RG=scales_RG, group=BY_NAME[type].values)
 
 
 def _neighbours(bytes_RGB: Tensor) -> Tensor:

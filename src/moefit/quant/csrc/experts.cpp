@@ -80,16 +80,16 @@ class Integers {
 public:
     Integers(int64_t number, int64_t groups, bool bytes)
         : bytes_(bytes), groups_(groups), digits_(number * groups * digit_bytes(bytes)), scale_(number * groups),
-          sum_(scale_.size()), halves_(2 * scale_.size()) {}
+          sum_(scale_.size()), quarters_(4 * scale_.size()) {}
 
     bool empty() const { return digits_.empty(); }
 
     // Convert floats padded with zeros to whole groups.
     void set(const Level &level, int64_t i, const float *x, Input &to) {
         int64_t at = i * groups_, step = digit_bytes(bytes_);
-        to.digits = &digits_[at * step], to.scale = &scale_[at], to.sum = &sum_[at], to.halves = &halves_[2 * at];
+        to.digits = &digits_[at * step], to.scale = &scale_[at], to.sum = &sum_[at], to.quarters = &quarters_[4 * at];
         for (int64_t g = 0; g < groups_; g++, at++)
-            level.integers(x + g * GROUP, bytes_, &digits_[at * step], &scale_[at], &sum_[at], &halves_[2 * at]);
+            level.integers(x + g * GROUP, bytes_, &digits_[at * step], &scale_[at], &sum_[at], &quarters_[4 * at]);
     }
 
 private:
@@ -97,7 +97,7 @@ private:
     int64_t groups_;
     std::vector<int8_t> digits_;
     std::vector<float> scale_, sum_;
-    std::vector<int32_t> halves_;
+    std::vector<int32_t> quarters_;
 };
 
 // Activations in the forms that some matrices need, `cols` each.
@@ -238,7 +238,7 @@ extern "C" {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 20; }
+int64_t moefit_version() { return 21; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.

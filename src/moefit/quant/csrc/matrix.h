@@ -5,7 +5,7 @@
 // minima. 16 rows form a slab, in which codes are interleaved by words of 4 bytes, and metadata by group: 16
 // scales, then 16 minima. Rows after the last slab are consecutive. quant/grouped_int.py implements the same
 // layout in torch and is the reference that tests compare with. Codes of a checkpoint with scales of its own
-// (scaled/kinds.h, quant/scaled/matrix.py) lie in slabs in the same way.
+// (scaled/kinds.h, quant/scaled/matrix.py; scaled/k_quants.h, quant/scaled/k_quants.py) lie in slabs in the same way.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,9 +13,10 @@
 
 #include "attention.h"
 #include "levels/rows.h"
+#include "scaled/k_quants.h"
 #include "scaled/kinds.h"
 
-enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, FP8 = 17, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };  // others: scaled/kinds.h
+enum Kind : int64_t { F32 = 0, BF16 = 1, F16 = 16, FP8 = 17, INT2 = 2, INT3, INT4, INT5, INT6, INT8 = 8 };  // others: scaled/kinds.h, scaled/k_quants.h
 
 // FP8 is E4M3, a byte for each weight in consecutive rows; `meta` has a float for each row and FP8_GROUP of its inputs:
 // 256 times the scale, because a code's bits, moved, are a half of 1 / 256 of its value.
@@ -34,7 +35,7 @@ struct Input {
     const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; or high parts alone; or null
     const float *scale;        // of the group's integers
     const float *sum;          // of the group's values as the integers represent them
-    const int32_t *halves;     // sums of the integers of the first and of the last 32 inputs of the group
+    const int32_t *quarters;   // sums of the integers of 16 inputs, four for the group
 };
 
 constexpr int64_t GROUP = 64;
@@ -50,6 +51,12 @@ static inline __attribute__((always_inline)) T at_any(const void *from) {
     T value;
     std::memcpy(&value, from, sizeof value);
     return value;
+}
+
+// Sum of the integers of a group's first or last 32 inputs.
+inline int32_t half_sum(const Input &x, int64_t g, int64_t half) {
+    const int32_t *two = x.quarters + 4 * g + 2 * half;
+    return two[0] + two[1];
 }
 
 inline int64_t groups_of(int64_t cols) { return (cols + GROUP - 1) / GROUP; }
@@ -81,13 +88,18 @@ inline float fp8_scale(const Matrix &m, int64_t row, int64_t column) {
     return at_any<float>(m.meta + 4 * (row * number + column / FP8_GROUP));
 }
 
-// Bits of a code, and values of 2 bytes of metadata per group, of a grouped format.
-inline int64_t bits_of(int64_t kind) { return is_scaled(kind) ? bits_of_codes(kind) : kind; }
-inline int64_t parts_of(int64_t kind) { return is_scaled(kind) ? parts_of_scales(kind) : kind == INT8 ? 1 : 2; }
+// Bits of a code of a grouped format; groups of metadata of a row, and their values of 2 bytes.
+inline int64_t bits_of(int64_t kind) {
+    return is_k_quant(kind) ? bits_of_k(kind) : is_scaled(kind) ? bits_of_codes(kind) : kind;
+}
+inline int64_t meta_groups(const Matrix &m) { return is_k_quant(m.kind) ? groups_of(m.cols) / K_GROUPS : groups_of(m.cols); }
+inline int64_t parts_of(int64_t kind) {
+    return is_k_quant(kind) ? words_of_k(kind) : is_scaled(kind) ? parts_of_scales(kind) : kind == INT8 ? 1 : 2;
+}
 
 // Bytes of a row of a grouped format.
 inline int64_t code_bytes(const Matrix &m) { return groups_of(m.cols) * bits_of(m.kind) * 8; }
-inline int64_t meta_bytes(const Matrix &m) { return groups_of(m.cols) * parts_of(m.kind) * 2; }
+inline int64_t meta_bytes(const Matrix &m) { return meta_groups(m) * parts_of(m.kind) * 2; }
 inline int64_t rows_in_slabs(const Matrix &m) { return m.rows / SLAB * SLAB; }
 
 // Copy one row's codes and meta to consecutive memory.
@@ -98,7 +110,7 @@ inline void copy_row(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta
         std::memcpy(meta, m.meta + row * more, more);
         return;
     }
-    int64_t base = row / SLAB * SLAB, lane = row % SLAB, groups = groups_of(m.cols), parts = more / 2 / groups;
+    int64_t base = row / SLAB * SLAB, lane = row % SLAB, groups = meta_groups(m), parts = parts_of(m.kind);
     const uint8_t *from = m.codes + base * size + 4 * lane, *from_meta = m.meta + base * more + 2 * lane;
     for (int64_t word = 0; word < size / 4; word++) std::memcpy(codes + 4 * word, from + 4 * SLAB * word, 4);
     for (int64_t g = 0; g < groups; g++)
@@ -106,7 +118,7 @@ inline void copy_row(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta
             std::memcpy(meta + 2 * (part * groups + g), from_meta + 2 * SLAB * (g * parts + part), 2);
 }
 
-// Write one row to a slab; the inverse of `copy_row`.
+// Write one row to a slab; the inverse of `copy_row`. groups: of metadata.
 inline void put_row(int64_t lane, int64_t groups, int64_t size, int64_t more, const uint8_t *codes,
                     const uint8_t *meta, uint8_t *slab_codes, uint8_t *slab_meta) {
     int64_t parts = more / 2 / groups;
@@ -121,7 +133,7 @@ inline void put_row(int64_t lane, int64_t groups, int64_t size, int64_t more, co
 inline void fill_slab(const Matrix &m, int64_t row, uint8_t *codes, uint8_t *meta) {
     int64_t size = code_bytes(m), more = meta_bytes(m);
     for (int64_t r = row; r < m.rows; r++)
-        put_row(r - row, groups_of(m.cols), size, more, m.codes + r * size, m.meta + r * more, codes, meta);
+        put_row(r - row, meta_groups(m), size, more, m.codes + r * size, m.meta + r * more, codes, meta);
 }
 
 // Tokens of one product: each by itself, and together in the order in which `dot` reads them.
@@ -147,7 +159,7 @@ struct Level {
     // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
     // Convert a group of activations to the integers of `Input`, without low parts if `bytes`.
-    void (*integers)(const float *x, bool bytes, int8_t *digits, float *scale, float *sum, int32_t *halves);
+    void (*integers)(const float *x, bool bytes, int8_t *digits, float *scale, float *sum, int32_t *quarters);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
     void (*attend)(const Attention &, const CacheHead &, int64_t first, int64_t last, const QueryRows &, Seen &);
     // Round one row of keys or values to INT8 and return its scale.

@@ -12,22 +12,7 @@ from torch import Tensor
 from moefit.checkpoint.formats.encoding import StoredCodes
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.grouped_int import GROUP, SLAB, groups_of, pack, rows_of, to_slabs
-from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import HALF, ScaledMatrix, code_bits, scale_parts
-
-
-class FilledMatrix:
-    """A matrix as the target of `DecodedRange`: rows are filled from a checkpoint's codes."""
-
-    def __init__(self, matrix: ScaledMatrix | Fp8Matrix):
-        self._matrix = matrix
-
-    def fill(self, first: int, stored: StoredCodes) -> None:
-        """Fill rows from `first` on. Raises CheckpointError if a code is not a number."""
-        if isinstance(self._matrix, Fp8Matrix):
-            self._matrix.fill(first, stored)
-        else:
-            fill(self._matrix, first, stored)
 
 
 def fill(matrix: ScaledMatrix, first: int, stored: StoredCodes) -> None:

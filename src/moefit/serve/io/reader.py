@@ -18,9 +18,7 @@ from moefit.checkpoint.sources import ExpertSource, Targets
 from moefit.errors import CheckpointError
 from moefit.moe.families import MoeBlock, Tensors
 from moefit.quant.format import Format
-from moefit.quant.scaled.fill import FilledMatrix
-from moefit.quant.scaled.fp8 import Fp8Matrix
-from moefit.quant.scaled.matrix import ScaledMatrix
+from moefit.quant.scaled.held import FilledMatrix, HeldMatrix
 from moefit.serve.cache.slot import Slot
 from moefit.serve.packed.store import PackedStore
 
@@ -137,8 +135,6 @@ def _targets(slot: Slot) -> Targets:
         if isinstance(weight, Tensor):
             targets[short] = weight
         else:
-            assert isinstance(weight, ScaledMatrix | Fp8Matrix), (
-                "not of the checkpoint's own format"
-            )
+            assert isinstance(weight, HeldMatrix), "not of the checkpoint's own format"
             targets[short] = FilledMatrix(weight)
     return targets

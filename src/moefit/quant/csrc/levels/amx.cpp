@@ -186,9 +186,9 @@ static inline VB table_values(VB codes) { return codes; }  // only integers are 
 constexpr int64_t FEW = 6;  // tokens left over for which vectors are faster than a tile that is not full
 constexpr int64_t GROUP_TILE = WIDTH * GROUP;
 
-// Tokens that are multiplied in tiles. Codes of a checkpoint are not: they have two sums in a group.
+// Tokens that are multiplied in tiles. Codes of a checkpoint are not: they have several sums in a group.
 int64_t in_tiles(const Matrix &m, int64_t tokens) {
-    if (is_scaled(m.kind) || !has_digits(m)) return 0;
+    if (is_scaled(m.kind) || is_k_quant(m.kind) || !has_digits(m)) return 0;
     return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens;
 }
 

@@ -97,7 +97,7 @@ static inline __attribute__((always_inline)) VB table_values(VB codes) {
 #include "../scaled/avx2.inc"
 
 static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
-    if (is_scaled(m.kind)) return scaled_dot(m, first, last, panel, y);
+    if (is_scaled(m.kind) || is_k_quant(m.kind)) return scaled_dot(m, first, last, panel, y);
     switch (m.kind) {
         case INT2: return integer_dot<INT2>(m, first, last, panel, y);
         case INT3: return integer_dot<INT3>(m, first, last, panel, y);

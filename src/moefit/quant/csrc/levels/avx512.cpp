@@ -132,6 +132,7 @@ static void narrow_past(const float *from, int64_t number, uint16_t *out) {
 }
 
 static void any_decode(const Matrix &m, int64_t row, float *out) {
+    if (is_k_quant(m.kind)) return decode_k(m, row, out);
     if (is_scaled(m.kind)) return decode_scaled(m, row, out);
 #define DECODE(kind) decode<kind>(m, row, out)
     FOR_KIND(m.kind, DECODE)

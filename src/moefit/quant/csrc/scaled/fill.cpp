@@ -70,9 +70,10 @@ extern "C" {
 //
 // first, number: which rows. codes: theirs as checkpoints have them, with the first input in the lowest bits of the
 // first byte, `bytes` bytes a row; `flip` is added to each byte without carry (128 makes signed codes unsigned).
-// meta: theirs as in a matrix without slabs.
+// meta: theirs as in a matrix without slabs. Of k-quants, `codes` are the blocks of a file, and the others are not used.
 void moefit_fill(const Matrix *m, int64_t first, int64_t number, const uint8_t *codes, int64_t bytes, int64_t flip,
                  const uint8_t *meta) {
+    if (is_k_quant(m->kind)) return fill_k(*m, first, number, codes, bytes);
     int64_t groups = groups_of(m->cols), size = code_bytes(*m), more = meta_bytes(*m), bits = bits_of(m->kind);
     uint8_t *to_codes = (uint8_t *)m->codes, *to_meta = (uint8_t *)m->meta;
     std::vector<uint8_t> row(size), flipped(flip ? bytes : 0);
