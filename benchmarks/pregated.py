@@ -1,7 +1,8 @@
 """Fine-tune a small sparse model into a pre-gated one, beside its base at equal further tokens.
 
-A base is trained; from it two or more runs go on with the same text, seeds and rates: the base, the
-pre-gated model, and one with KL to the old routers. Runs are resumed where they stopped.
+A base is trained; from it runs go on with the same text, seeds and rates: the base, a model whose
+routers are given what the block before is and one whose tokens are routed by the logits of the
+token before, each also with KL to the old routers. Runs are resumed where they stopped.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 
 import record
 
+from moefit.dsmoe.config import PREVIOUS_TOKEN
 from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
@@ -30,8 +32,14 @@ MODEL = {
     "inference_rule": "top_k:2:renormalize",
     "routed_scaling_factor": 2,
 }
-# Name, pre-gated, weight of the KL to the old routers, learning rate relative to the others'.
-RUNS = (("base", False, 0.0), ("pregated", True, 0.0), ("pregated-kl", True, 0.03))
+# Name, `pregated`, weight of the KL to the old routers.
+RUNS = (
+    ("base", False, 0.0),
+    ("pregated", True, 0.0),
+    ("pregated-kl", True, 0.03),
+    ("previous-token", PREVIOUS_TOKEN, 0.0),
+    ("previous-token-kl", PREVIOUS_TOKEN, 0.03),
+)
 
 
 def config(given: Any, name: str, steps: int, rate: float, **changes: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Decode a model and its pre-gated form with a third of the experts and slow storage.
+"""Decode a model and its pre-gated forms with a third of the experts and slow storage.
 
-The pre-gated form has the same weights, with the routers given what the block before is: its text
-is worse without a fine-tune, and with a top-k rule it reads and computes as much per token as a
-fine-tuned one would. `--large` is a model of random weights whose experts have 6 MB, as those of
-models that are short of memory do; the shipped model's have 0.1 MB and a threshold rule, so that
-its two forms may also choose different numbers of experts.
+They have the same weights, with the routers given what the block before is, or tokens routed by the
+logits of the token before: their text is worse without a fine-tune, and with a top-k rule they read
+and compute as much per token as fine-tuned ones would. `--large` is a model of random weights whose
+experts have 6 MB, as those of models that are short of memory do; the shipped model's have 0.1 MB
+and a threshold rule, so that its forms may also choose different numbers of experts.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from slow_storage import limited_to
 
 import moefit
 from moefit.api import folder_of
-from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.config import PREVIOUS_TOKEN, DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.evaluate.decoding import Decoding
 from moefit.serve.model import ServedModel
@@ -30,6 +30,7 @@ WAYS = {
     "base, least recently used": ("base", "off"),
     "base, predicted": ("base", "on"),
     "pre-gated": ("pregated", "off"),
+    "by the token before": (PREVIOUS_TOKEN, "off"),
 }
 
 
@@ -77,10 +78,13 @@ def load_all(folders: dict[str, Path], rate: str | None) -> dict[str, ServedMode
     return served
 
 
-def pregated_copy(base: Path, folder: Path) -> Path:
+def pregated_copy(base: Path, folder: Path, pregated: bool | str) -> Path:
+    """Write a folder with the same weights, by links, and another `pregated`."""
+    folder.mkdir()
     for path in base.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    config = json.loads((base / "config.json").read_text()) | {"pregated": True}
+        (folder / path.name).symlink_to(path.resolve())
+    config = json.loads((base / "config.json").read_text()) | {"pregated": pregated}
+    (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -97,9 +101,14 @@ def main() -> None:
     text = Path(statistics.__file__).read_text(encoding="utf-8")
     times: dict[str, list[float]] = {}
     counts: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as other:
-        base = large_model(Path(first)) if given.large else Path(folder_of("reference"))
-        folders = {"base": base, "pregated": pregated_copy(base, Path(other))}
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder)
+        base = large_model(own / "base") if given.large else Path(folder_of("reference"))
+        folders = {
+            "base": base,
+            "pregated": pregated_copy(base, own / "pregated", True),
+            PREVIOUS_TOKEN: pregated_copy(base, own / PREVIOUS_TOKEN, PREVIOUS_TOKEN),
+        }
         for rate in (None, *given.rates):
             with limited_to(rate):
                 served = load_all(folders, rate)

@@ -171,9 +171,11 @@ def test_planned_options_match_command(profiled: Path) -> None:
     larger = run(*replace(order, process=2 << 30).arguments(file))
     assert json.loads(larger.stdout)["floor"] == floor + (1 << 30)
     bare = replace(order, concurrency=None, dtype=None, dense_precision=None, target=Target())
-    assert not {"--dense-precision", "--dtype", "--max-loss", "--max-concurrency"} & set(
-        bare.arguments(file)
-    )
+    assert not {
+        "--dense-precision", "--dtype", "--max-loss", "--max-concurrency", "--prefetch",
+    } & set(bare.arguments(file))  # fmt: skip
+    with_probes = run(*replace(order, prefetch="on").arguments(file))
+    assert json.loads(with_probes.stdout)["floor"] == floor, "the model has no probes"
 
 
 def test_planning_error_is_passed_on(tmp_path: Path) -> None:

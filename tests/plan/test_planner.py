@@ -7,7 +7,7 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
-from planned import planned_model, profile
+from planned import EXPERTS, planned_model, profile
 from tiny_served import saved, tokens
 
 import moefit
@@ -23,6 +23,8 @@ from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.activations import kv_bytes_per_token
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed.store import fingerprint
+from moefit.serve.prediction.next_router import LinearMap
+from moefit.serve.prediction.probes import ProbeLocation, find_probes
 
 CONTEXT = 64
 _LOADING = LoadSettings.__slots__
@@ -109,6 +111,28 @@ def test_sequences_include_logits() -> None:
     )
     assert taken + fits[16] * (16 * per_token + row) <= memory
     assert taken + (fits[16] + 1) * (16 * per_token + row) > memory
+
+
+def test_probes_that_are_served_with_are_counted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    skeleton = build_skeleton(folder())
+    location = ProbeLocation(skeleton)
+    metadata = location.metadata(text="a", digest="b", tokens=9, recalls={"0.1": (0.9, 0.8)})
+    weight_ED = torch.zeros(EXPERTS, 128, dtype=skeleton.dtype)
+    location.write(metadata, {(0, 1): LinearMap(weight_ED, weight_ED[:, 0].clone())})
+    found = find_probes(skeleton, LoadSettings(prefetch="on", dtype=skeleton.dtype)).nbytes
+    without, auto, on = (
+        server_planner(PlanConstraints(process=1 << 30, prefetch=name)).slot_budgets
+        for name in ("off", "auto", "on")
+    )
+    assert on.min_bytes - without.min_bytes == found > 0
+    assert auto.min_bytes == on.min_bytes and on.fixed - without.fixed == found
+    planner = server_planner(PlanConstraints(process=1 << 30, prefetch="on"))
+    plan, _ = planner.plan((on.min_bytes + on.all_resident_bytes) // 2)
+    known = plan.settings()
+    settings = LoadSettings(**{one: known[one] for one in known if one in _LOADING}, prefetch="on")
+    budget = replace(memory_budget(skeleton, settings), process=1 << 30)
+    assert budget.probes == found and budget.planned_bytes <= plan.memory
 
 
 def test_int8_kv_cache_leaves_more_for_experts(tmp_path: Path) -> None:

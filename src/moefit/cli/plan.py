@@ -28,6 +28,7 @@ from moefit.cli.options import (
     KvCache,
     KvCacheOption,
     Model,
+    PrefetchName,
     Rest,
     TextFile,
     torch_dtype,
@@ -126,6 +127,13 @@ def plan_model(
             min=1,
         ),
     ] = None,
+    prefetch: Annotated[
+        PrefetchName,
+        advanced(
+            "That the model is to be served with. Other than off: leave room for its probes, if "
+            "there are any."
+        ),
+    ] = PrefetchName.off,
     dense_precision: DensePrecision = None,
     rest: Rest = None,
     source_tokens: Annotated[
@@ -169,6 +177,7 @@ def plan_model(
             dense_formats=_dense_formats(dense_precision or rest),
             kv_cache=kv_cache.value,
             **shared,
+            prefetch=prefetch.value,
         ),
         lengths=_lengths(known, source_tokens, target_tokens),
     )

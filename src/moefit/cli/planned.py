@@ -42,6 +42,7 @@ class PlanProcess:
         lengths: Of an encoder-decoder's requests; None for the profile's.
         kv_cache: What the KV cache holds.
         step_tokens: Tokens of one forward pass; None for prompts as long as the context.
+        prefetch: That it is served with; None where `process` has the probes' bytes already.
     """
 
     model: str
@@ -56,6 +57,7 @@ class PlanProcess:
     lengths: Lengths | None = None
     kv_cache: str = MODEL_CACHE
     step_tokens: int | None = None
+    prefetch: str | None = None
 
     def arguments(self, save: Path) -> list[str]:
         """Return the arguments of the command `moefit`."""
@@ -63,6 +65,7 @@ class PlanProcess:
             "memory": self.memory,
             "context": self.context,
             "kv-cache": self.kv_cache,
+            "prefetch": self.prefetch,
             "device": self.device,
             "process-bytes": self.process,
             "max-loss": None if self.target.max_loss is None else f"{100 * self.target.max_loss}%",
@@ -148,6 +151,7 @@ def plan_for(
         target=target_of(options.max_loss, options.min_speed),
         concurrency=concurrency,
         step_tokens=step_tokens,
+        prefetch=options.prefetch.value,
     ).run()
 
 

@@ -22,11 +22,12 @@ from moefit.plan.latency import LatencyModel
 from moefit.plan.quality import AdditiveModel, QualityModel
 from moefit.plan.trace import interpolated
 from moefit.quant.kv_int8 import MODEL_CACHE
-from moefit.serve.config import BlockPlacement, LoadSettings
+from moefit.serve.config import BlockPlacement, LoadSettings, Prefetch
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.estimate import memory_budget, settled_bytes
 from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
+from moefit.serve.prediction.probes import find_probes
 
 _MIXTURES = 14  # sizes of placements with formats by expert that are tried
 
@@ -312,6 +313,7 @@ class PlanConstraints:
         dense_formats: Formats that the dense weights may have.
         kv_cache: As in `LoadSettings`.
         step_tokens: As in `LoadSettings`.
+        prefetch: As in `LoadSettings`: a plan leaves room for the probes that it predicts with.
     """
 
     sequences: int = 1
@@ -321,6 +323,7 @@ class PlanConstraints:
     dense_formats: Sequence[str] = DENSE_FORMATS
     kv_cache: str = MODEL_CACHE
     step_tokens: int | None = None
+    prefetch: Prefetch = "off"
 
 
 NO_CONSTRAINTS = PlanConstraints()
@@ -352,6 +355,9 @@ class SlotBudget:
         if process is None:
             process = settled_bytes(planned_device(device)) + constraints.helpers
         self._process = process
+        # Once, since every estimate would look for the file and verify it.
+        predicted = LoadSettings(device=device, dtype=skeleton.dtype, prefetch=constraints.prefetch)
+        self._probes = find_probes(skeleton, predicted).nbytes
         self._uniform = {
             name: [self.estimate(one) for one in self.uniform_configurations(name)]
             for name in constraints.dense_formats
@@ -419,7 +425,8 @@ class SlotBudget:
             kv_cache=self._constraints.kv_cache,
             step_tokens=self._constraints.step_tokens,
         )
-        return replace(memory_budget(self._skeleton, settings), process=self._process)
+        budget = memory_budget(self._skeleton, settings, probe_bytes=self._probes)
+        return replace(budget, process=self._process)
 
     def uniform_configurations(self, dense_precision: str) -> list[Configuration]:
         """Return configurations with one format, with one slot per block and fully resident.
