@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from moefit.engine.engine import CommandQueue
+from moefit.engine.commands import CommandQueue
 from moefit.errors import RefusedError
 
 

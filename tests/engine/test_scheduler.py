@@ -178,6 +178,11 @@ class Serving(RuleBasedStateMachine):
         self.left[name], self.read[name] = max_new_tokens, 0
         self.order.append(name)
 
+    @rule(more=st.integers(0, 60))
+    def resize(self, more: int) -> None:
+        self.scheduler.resize(max(self.scheduler.limits.tokens, self.scheduler.reserved + more))
+        assert not self.scheduler.allow(0), "each fits into what is there from the start"
+
     @precondition(lambda self: self.left)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

@@ -23,9 +23,11 @@ from moefit.engine.invariance import Invariance
 from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.reuse import Coverage
 from moefit.engine.prefix.store import DiskStats
+from moefit.engine.request_state import Longest
 from moefit.engine.speculation.drafts import SpeculationStats
 from moefit.engine.speculation.requests import SpeculationCoverage
 from moefit.errors import QueueFullError, RefusedError, RequestTooLargeError
+from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.model import ServedModel
 
 
@@ -108,6 +110,15 @@ class FakeEngine:
             self._changed.notify_all()
         return name
 
+    def check_length(self, prompt: int, max_tokens: int) -> None:
+        Longest(tokens=self.max_model_len).check(prompt, max_tokens)
+
+    def set_memory(self, memory: str | int | None) -> MemoryBudget:
+        return self.served.set_memory(memory)
+
+    def least_memory(self) -> int:
+        return self.served.budget.min_bytes
+
     def progress(self) -> dict[str, RequestProgress]:
         with self._changed:
             return {
@@ -132,6 +143,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self._going), waiting=0, kv_tokens_used=17, kv_tokens=2048,
+            kv_tokens_reserved=1024, kv_tokens_most=8192,
             prompt_tokens_total=5, generation_tokens_total=7, tokens_per_second=1.5,
             steps=3, runner="fake",
             prefix_files=DiskStats(files=3, bytes=300, limit=1000, read=64, written=192),

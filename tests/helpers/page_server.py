@@ -89,6 +89,7 @@ class Pretender:
             "everything_in": self.all_resident_bytes_in,
             "process_bytes": held, "peak_process_bytes": held + 9 * MIB,
             "slot_bytes": slots * self.layers * self.slot, "kv_tokens": 4096,
+            "kv_tokens_reserved": 4096, "kv_tokens_most": 9000,
             "kv_tokens_used": 610 * self.running, "blocks": blocks,
             "prefix_cache": {"active": True, "reason": "", "tokens": 1600, "bytes": 9 * MIB,
                              "shared": 32, "queries": 4000, "hits": 3000, "evicted": 64},

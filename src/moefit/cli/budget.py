@@ -104,7 +104,10 @@ def memory_table(memory: dict[str, Any]) -> Table:
     requests, counters = memory["requests"], memory["counters"]
     table.add_row("requests running, waiting", f"{requests['running']}, {requests['waiting']}")
     table.add_row("tokens/s", f"{memory['tokens_per_second']:.1f}")
-    table.add_row("KV cache, tokens", f"{memory['kv_tokens_used']:,} of {memory['kv_tokens']:,}")
+    tokens = f"{memory['kv_tokens_used']:,} of {memory['kv_tokens']:,}"
+    if (most := memory.get("kv_tokens_most", 0)) > memory["kv_tokens"]:  # older servers have none
+        tokens += f", up to {most:,}"
+    table.add_row("KV cache, tokens", tokens)
     table.add_row("experts found in memory", f"{counters['hit_rate']:.1%}")
     table.add_row("router weight moved", f"{counters['substituted_mass']:.1%}")
     table.add_row("read from storage", format_bytes(counters["bytes_read"]))

@@ -104,7 +104,14 @@ Memory = Annotated[
         "chooses the best precision in which all experts fit. serve: auto follows free memory."
     ),
 ]
-Context = Annotated[int, option("Tokens that the KV cache holds, over all sequences.", min=1)]
+Context = Annotated[
+    int,
+    option(
+        "Tokens that the KV cache holds from the start, over all sequences; serve and chat let it "
+        "grow.",
+        min=1,
+    ),
+]
 KvCacheOption = Annotated[
     KvCache,
     advanced(

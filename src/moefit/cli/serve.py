@@ -116,17 +116,22 @@ class FollowSettings:
 
         def budget() -> int:
             total = served.budget.total
+            rule.least, rule.most = self._bounds(engine)  # a KV cache may have grown
             return served.budget.max_bytes if total is None else total
 
         def apply(size: int) -> None:
-            engine.between_steps(lambda: served.set_memory(size))
+            engine.set_memory(size)
             service.telemetry.changed("ok")
             service.history.changed(f"to {format_bytes(size)}, following free memory")
 
-        least = max(served.budget.min_bytes, self.least or 0)
-        most = max(least, min(served.budget.max_bytes, self.most or served.budget.max_bytes))
+        least, most = self._bounds(engine)
         rule = BudgetRule(least=least, most=most, headroom=self.headroom)
         return BudgetFollower(rule, budget, apply, announce=say)
+
+    def _bounds(self, engine: Engine) -> tuple[int, int]:
+        """Return the smallest and the largest budget, with the KV cache of running requests."""
+        whole, least = engine.served.budget.max_bytes, max(engine.least_memory(), self.least or 0)
+        return least, max(least, min(whole, self.most or whole))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +157,14 @@ class ServerOptions:
     ] = None
     max_model_len: Annotated[
         int | None, advanced("Maximum tokens of one request, prompt and output.", min=1)
+    ] = None
+    context_max: Annotated[
+        int | None,
+        advanced(
+            "Maximum tokens of the KV cache, which grows beyond --context while requests need it, "
+            "in memory of experts. Default: as far as those keep half of theirs.",
+            min=1,
+        ),
     ] = None
     max_concurrency: Annotated[
         int, advanced("Maximum number of requests that run at once.", min=1)
@@ -258,6 +271,7 @@ class ServerOptions:
         return EngineSettings(
             max_concurrency=self.max_concurrency,
             max_model_len=self.max_model_len,
+            context_max=self.context_max,
             prefill_chunk=self.prefill_chunk,
             max_waiting=self.max_waiting,
             deterministic=self.deterministic,
@@ -552,10 +566,13 @@ def _drain(running: HttpServer, signal: str) -> None:
 def _announce(service: Service, url: str, seconds: float) -> None:
     engine, settings = service.engine, service.settings
     limits = engine.settings
+    load = engine.stats()
+    grows = load.kv_tokens_most > load.kv_tokens
+    more = f", {load.kv_tokens_most:,} where the KV cache grows" if grows else ""
     say(
         f"serving {settings.name!r}, ready after {seconds:.1f} s: "
         f"{limits.max_concurrency} requests at once, "
-        f"{engine.max_model_len:,} tokens each at most, {engine.stats().kv_tokens:,} together"
+        f"{engine.max_model_len:,} tokens each at most, {load.kv_tokens:,} together{more}"
     )
     say(engine.invariance.describe())
     say(engine.prefix_coverage.describe())

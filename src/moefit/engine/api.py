@@ -29,6 +29,8 @@ class EngineStats:
         waiting: Requests in the queue.
         kv_tokens_used: Tokens of KV cache reserved by running requests.
         kv_tokens: Tokens that the KV cache holds.
+        kv_tokens_reserved: Tokens that it holds from the start.
+        kv_tokens_most: Tokens that it may hold in the budget in force.
         prompt_tokens_total: Prompt tokens processed since the engine was created.
         generation_tokens_total: Tokens generated since the engine was created.
         tokens_per_second: Generation throughput over the last five seconds.
@@ -48,6 +50,8 @@ class EngineStats:
     tokens_per_second: float
     steps: int
     runner: str
+    kv_tokens_reserved: int = 0
+    kv_tokens_most: int = 0
     prefixes: PrefixStats | None = None
     prefix_files: DiskStats | None = None
     speculation: SpeculationStats | None = None
@@ -118,6 +122,9 @@ class EngineSettings:
         max_concurrency: Requests processed at the same time.
         max_model_len: Tokens of prompt and completion per request. None uses the model's own limit,
             bounded by the KV cache.
+        context_max: Tokens to which the KV cache may grow for requests that need more than it has
+            from the start, in memory that expert slots give up; the number that it has from the
+            start keeps it as it is. None leaves experts half of what they have without that.
         prefill_chunk: Prompt tokens per step, so that decoding continues between chunks.
         max_waiting: Requests that may wait in the queue.
         deterministic: Compute requests one by one where they would otherwise change each other's
@@ -135,6 +142,7 @@ class EngineSettings:
 
     max_concurrency: int = 16
     max_model_len: int | None = None
+    context_max: int | None = None
     prefill_chunk: int = 128
     max_waiting: int = 1024
     deterministic: bool = False
@@ -168,7 +176,7 @@ class EngineSettings:
             raise ConfigError(f"speculate={self.speculate!r} is not one of {known}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "max_model_len":
+            if value is None and field.name in ("max_model_len", "context_max"):
                 continue
             if field.name in ("deterministic", "prefix_cache", "prefix_folder", "speculate"):
                 continue

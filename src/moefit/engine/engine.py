@@ -6,9 +6,7 @@ applied between two steps.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
 from threading import Condition, Thread, current_thread
@@ -27,6 +25,8 @@ from moefit.engine.api import (
     SamplingParams,
     TokenRate,
 )
+from moefit.engine.commands import CommandQueue
+from moefit.engine.context.growth import EngineSizes, KvGrowth
 from moefit.engine.invariance import Invariance, of_policy
 from moefit.engine.prefix.files import EngineParts
 from moefit.engine.prefix.requests import RequestPrefixes
@@ -43,39 +43,6 @@ from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.model import ServedModel
 
 T = TypeVar("T")
-
-
-class CommandQueue:
-    """A queue of functions that any thread submits and one thread runs."""
-
-    def __init__(self):
-        self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-
-    def __len__(self) -> int:
-        """Return the number of queued functions."""
-        return len(self._waiting)
-
-    def submit(self, command: Callable[[], T]) -> Future[T]:
-        """Queue a function and return a future for its result or exception."""
-        future: Future[T] = Future()
-        self._waiting.append((command, future))
-        return future
-
-    def run_all(self) -> None:
-        """Run all queued functions, including those queued in the meantime."""
-        while self._waiting:
-            command, future = self._waiting.popleft()
-            try:
-                future.set_result(command())
-            except BaseException as error:  # noqa: BLE001 - raised by future.result()
-                future.set_exception(error)
-
-    def fail_all(self, error: Exception) -> None:
-        """Set an exception on the futures of all queued functions, without running them."""
-        while self._waiting:
-            self._waiting.popleft()[1].set_exception(error)
-
-
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT = 2048  # tokens, if the budget does not set it
 _FAILED_MESSAGE = "the engine has failed; restart the process (see the log for the error)"
@@ -108,14 +75,12 @@ class Engine:
         self.served, self.settings = served, settings or EngineSettings()
         self.settings.check()
         context = served.budget.context or self.settings.max_model_len or _DEFAULT_CONTEXT
-        self._limits = model_limits(served, self.settings.max_model_len, context)
-        self.max_model_len = self._limits.max_model_len
-        self._runner, self._invariance = prepared(
-            served, self.settings, context, self.max_model_len
-        )
+        self._limits = model_limits(served)
+        whole = min(self.settings.max_model_len or context, self._limits.own or context, context)
+        self._runner, self._invariance = prepared(served, self.settings, context, whole)
         longest = self.settings.step_tokens
         if self._runner.whole_prompts:
-            longest = self.max_model_len + self.settings.logit_rows
+            longest = whole + self.settings.logit_rows
         served.reserve_steps(min(longest, context))
         self._scheduler = Scheduler(
             Limits(
@@ -127,6 +92,11 @@ class Engine:
                 fixed_chunks=self._invariance.deterministic and not self._invariance.covered,
             )
         )
+        self._changed = Condition()  # guards all attributes above and below
+        self._growth = KvGrowth(
+            served, self._runner, self._scheduler, self.settings,
+            EngineSizes(own=self._limits.own, step=longest), self._changed,
+        )  # fmt: skip
         self._requests: dict[str, RequestState] = {}
         self._prefixes = RequestPrefixes(
             EngineParts(served, self._runner, self._scheduler, self._requests),
@@ -138,7 +108,6 @@ class Engine:
         self._cancelled: dict[str, tuple[str, str]] = {}  # messages and codes
         self._commands = CommandQueue()
         self._names = (f"request-{number}" for number in count(1))
-        self._changed = Condition()  # guards all attributes above and below
         self._thread: Thread | None = None
         self._draining = self._closing = False
         self._failure: str | None = None
@@ -163,6 +132,19 @@ class Engine:
         After a failure the engine rejects every request until the process is restarted.
         """
         return self._failure
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens of a request in the budget in force."""
+        return self._growth.longest().tokens
+
+    def check_length(self, prompt: int, max_tokens: int) -> None:
+        """Raise RequestTooLargeError if so many tokens of prompt and completion never fit now."""
+        self._growth.longest().check(prompt, max_tokens)
+
+    def least_memory(self) -> int:
+        """Return the smallest budget for the requests that run now."""
+        return self._growth.least_memory()
 
     @property
     def invariance(self) -> Invariance:
@@ -209,7 +191,9 @@ class Engine:
             thread.join(timeout)
         self._finish_all("cancelled")
         self._commands.fail_all(RefusedError("the engine was closed"))
-        return thread in (None, current_thread()) or not thread.is_alive()
+        if ended := thread in (None, current_thread()) or not thread.is_alive():
+            self._growth.close()
+        return ended
 
     def drain(self, timeout: float) -> bool:
         """Reject new requests and wait until the current ones have finished.
@@ -246,7 +230,7 @@ class Engine:
             RefusedError: If the engine is shutting down or has failed.
             ConfigError: If a parameter or token id is invalid.
         """
-        self._limits.check(prompt_ids, sampling)
+        self._limits.check(prompt_ids, sampling, self._growth.longest())
         with self._changed:
             self._check_alive()
             if self._draining:
@@ -281,8 +265,11 @@ class Engine:
                 self._changed.notify_all()
 
     def set_memory(self, memory: str | int | None) -> MemoryBudget:
-        """Call `ServedModel.set_memory` between two steps."""
-        return self.between_steps(lambda: self.served.set_memory(memory))
+        """Change the budget between two steps; see `ServedModel.set_memory`.
+
+        Where a KV cache that has grown leaves too little room, it gives back what is unused.
+        """
+        return self.between_steps(lambda: self._growth.set_memory(memory))
 
     def set_mode(self, mode: Mode, **settings: Any) -> Policy:
         """Call `ServedModel.set_mode` between two steps."""
@@ -312,7 +299,9 @@ class Engine:
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting),
                 kv_tokens_used=self._scheduler.reserved,
-                kv_tokens=self._scheduler.limits.tokens,
+                kv_tokens=self._scheduler.tokens,
+                kv_tokens_reserved=self._growth.base,
+                kv_tokens_most=self._growth.most(),
                 prompt_tokens_total=self._prompt_tokens,
                 generation_tokens_total=self._rate.total,
                 tokens_per_second=self._rate.per_second(),
@@ -342,6 +331,7 @@ class Engine:
         """Raise AssertionError if scheduler and engine hold different requests."""
         with self._changed:
             self._scheduler.check()
+            self._growth.check()
             known = {*self._scheduler.running, *self._scheduler.waiting}
             assert known == self._requests.keys(), known ^ self._requests.keys()
             if not known:
@@ -380,7 +370,8 @@ class Engine:
                         or self._commands
                         or self._cancelled
                         or self._scheduler.has_work
-                    )
+                    ),
+                    self._growth.wait(),
                 )
                 if self._closing:
                     return
@@ -397,6 +388,8 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, {}
         for name, (message, code) in cancelled.items():
             self._finish(name, "cancelled", message, code)
+        for name, message in self._growth.adjust():
+            self._finish(name, "error", message, "context_length_exceeded")
         with self._changed:
             admitted = [self._requests[name] for name in self._scheduler.admit()]
         for state in admitted:  # without the lock, which callers of `submit` wait for

@@ -2,13 +2,16 @@
 
 Beside them lie a token's router logits, for models that route by those of the token before.
 `KvPool` holds the tensors and moves their contents; `PrefixCache` decides which request lies where,
-and which keys and values of earlier ones stay.
+and which keys and values of earlier ones stay. A pool of another size is copied tensor by tensor,
+so that beside the larger of the two sizes only one tensor exists twice. In host memory each tensor
+is a mapping of its own, because memory freed to the C library's heap need not return to the system.
 
 Shapes: G key-value heads, P places of the pool (one token each), R new tokens, C head width, E
 experts.
 """
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from moefit.engine.prefix.cache import PrefixCache
 from moefit.engine.prefix.places import Move
 from moefit.engine.prefix.tree import Prefix
 from moefit.quant.kv_int8 import Int8Rows
+from moefit.serve.cache.slot import host_bytes
 
 _MOVE_TOKENS = 256  # tokens copied at a time, to bound the extra memory
 
@@ -60,6 +64,29 @@ class KvPool:
         self._move(joined.moves)
         return joined.cached
 
+    def resize(self, places: int) -> None:
+        """Change the number of places, at least those that running requests have reserved.
+
+        Args:
+            places: Number of tokens.
+
+        Raises:
+            OSError: There is no memory. A pool that was to grow is as before; one that was to
+                shrink has fewer places, but not less memory.
+        """
+        before = self.places.places
+        if places < before:
+            self._move(self.places.resize(places))
+        try:
+            self._resize_tensors(min(before, places), places)
+        except OSError:
+            if places < before:  # what could not be copied has more places than are used
+                raise
+            self._resize_tensors(before, before)
+            raise
+        if places > before:
+            self.places.resize(places)
+
     def layer(self, index: int, key_1GRC: Tensor, value_1GRC: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [G, P, C] of a layer, creating them on first use.
 
@@ -83,7 +110,7 @@ class KvPool:
         if (held := self._logits.get(block)) is None:
             with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
                 shape = 1, self.places.places, like_RE.shape[1]
-                held = torch.zeros(shape, dtype=like_RE.dtype, device=like_RE.device)
+                held = _zeros(shape, like_RE.dtype, like_RE.device)
             self._logits[block] = held
         return held[0]
 
@@ -135,7 +162,7 @@ class KvPool:
     def check(self) -> None:
         """Raise AssertionError if ranges overlap or layers differ in size."""
         self.places.check()
-        assert all(one.shape[1] == self.places.places for one in self._tensors())
+        assert all(one.shape[1] >= self.places.places for one in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         """Return everything that is held per place, in a fixed order; dimension 1 is of places."""
@@ -144,17 +171,49 @@ class KvPool:
         return logits + [one for pair in pairs for one in _tensors(pair)]
 
     def _allocated(self, like: Tensor) -> Tensor:
+        shape = like.shape[1], self.places.places, like.shape[3]
         with torch.inference_mode(False):  # an inference tensor is read-only elsewhere
-            shape = like.shape[1], self.places.places, like.shape[3]
             if self.int8:
-                return Int8Rows.zeros(*shape)
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+                codes = _zeros(shape, torch.int8, like.device)
+                return Int8Rows.of(codes, _zeros(shape[:2], torch.float32, like.device))
+            return _zeros(shape, like.dtype, like.device)
+
+    def _resize_tensors(self, kept: int, places: int) -> None:
+        """Copy the first `kept` places into tensors of `places`, one tensor after another."""
+        for index in sorted(self._layers):
+            for side in (0, 1):
+                pair = list(self._layers[index])
+                pair[side] = _resized(pair[side], kept, places)
+                self._layers[index] = (pair[0], pair[1])
+        for block in sorted(self._logits):
+            self._logits[block] = _resized(self._logits[block], kept, places)
 
     def _move(self, moves: Iterable[Move]) -> None:
         """Copy in chunks, reading parts that overlap before they are overwritten."""
         for move in moves:
             for one in self._tensors():
                 _copy(one, move)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; raises OSError if there is no host memory."""
+    if device.type != "cpu" or not prod(shape):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    return host_bytes(size).view(dtype).view(tuple(shape))
+
+
+@torch.inference_mode(False)
+def _resized(rows: Tensor, kept: int, places: int) -> Tensor:
+    """Return what a tensor holds in `places` places, of which the first `kept` are copied."""
+    if rows.shape[1] == places:
+        return rows
+    tensors: list[Tensor] = []
+    for one in (rows.codes(), rows.scales) if isinstance(rows, Int8Rows) else (rows,):
+        made = _zeros((one.shape[0], places, *one.shape[2:]), one.dtype, one.device)
+        made[:, :kept] = one[:, :kept]
+        tensors.append(made)
+    return Int8Rows.of(tensors[0], tensors[1]) if isinstance(rows, Int8Rows) else tensors[0]
 
 
 def _copy(places_GP: Tensor, move: Move) -> None:

@@ -239,27 +239,57 @@ class RequestState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Longest:
+    """The most tokens of a request's prompt and completion.
+
+    Attributes:
+        tokens: Their number.
+        why: Why it is not larger; empty if the model's texts are no longer.
+        remedy: Returns what would allow a number of tokens; may be empty.
+    """
+
+    tokens: int
+    why: str = ""
+    remedy: Callable[[int], str] = lambda wanted: ""
+
+    def check(self, prompt: int, max_tokens: int) -> None:
+        """Raise RequestTooLargeError if prompt and completion have more tokens."""
+        wanted, available = prompt + max_tokens, self.tokens - prompt
+        if wanted <= self.tokens:
+            return
+        why = f" ({self.why})" if self.why else ""
+        fewer = f"max_tokens={available} or less, or " if available > 0 else ""
+        remedy = self.remedy(wanted)
+        other = f"; it would fit with {remedy}" if remedy else ""
+        raise RequestTooLargeError(
+            f"a prompt of {prompt:,} tokens and an answer of up to {max_tokens:,} are {wanted:,}, "
+            f"but one request holds at most {self.tokens:,}{why}; use {fewer}a shorter prompt"
+            f"{other}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
     """What a model accepts.
 
     Attributes:
         model: Class name, for error messages.
-        max_model_len: Tokens of prompt and completion per request.
+        own: Tokens of its longest text; None if it is not known.
         vocabulary: Number of token ids.
         decoding: How tokens become text.
     """
 
     model: str
-    max_model_len: int
+    own: int | None
     vocabulary: int
     decoding: TextDecoding
 
-    def check(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def check(self, prompt_ids: Sequence[int], sampling: SamplingParams, longest: Longest) -> None:
         """Validate a request.
 
         Raises:
             ConfigError: If a parameter or token id is invalid.
-            RequestTooLargeError: If prompt and completion exceed `max_model_len`.
+            RequestTooLargeError: If prompt and completion are longer than `longest`.
         """
         check_sampling(sampling)
         if not prompt_ids:
@@ -280,32 +310,14 @@ class ModelLimits:
                 f"{self.model} is an encoder-decoder model without log-probabilities of its "
                 "prompt; omit prompt_logprobs (echo)"
             )
-        check_length(len(prompt_ids), sampling.max_tokens, self.max_model_len)
+        longest.check(len(prompt_ids), sampling.max_tokens)
 
 
-def check_length(prompt: int, max_tokens: int, max_model_len: int) -> None:
-    """Raise RequestTooLargeError if tokens of prompt and completion exceed `max_model_len`."""
-    wanted = prompt + max_tokens
-    if wanted > max_model_len:
-        available = max_model_len - prompt
-        fewer = f"max_tokens={available} or less, or " if available > 0 else ""
-        raise RequestTooLargeError(
-            f"a prompt of {prompt:,} tokens and an answer of up to {max_tokens:,} are {wanted:,}, "
-            f"but one request holds at most {max_model_len:,}; use {fewer}a shorter prompt"
-        )
-
-
-def model_limits(served: ServedModel, wanted: int | None, context: int) -> ModelLimits:
+def model_limits(served: ServedModel) -> ModelLimits:
     """Return the limits of a model.
-
-    Args:
-        served: Loaded model.
-        wanted: Requested `max_model_len`, or None.
-        context: Tokens that the KV cache holds.
 
     Raises:
         UnsupportedModelError: If the model does not generate token by token.
-        ConfigError: If `wanted` exceeds what model and KV cache hold.
     """
     model: Any = served.model
     if getattr(type(model), "generate", None) is not vars(GenerationMixin)["generate"]:
@@ -314,23 +326,13 @@ def model_limits(served: ServedModel, wanted: int | None, context: int) -> Model
             "call the model itself (moefit.load)"
         )
     text = model.config.get_text_config(decoder=True)
+    own = getattr(text, "max_position_embeddings", None)
     return ModelLimits(
         model=type(model).__name__,
-        max_model_len=_max_model_len(text, wanted, context),
+        own=own if isinstance(own, int) and own > 0 else None,
         vocabulary=text.vocab_size,
         decoding=_text_decoding(served),
     )
-
-
-def _max_model_len(text_config: Any, wanted: int | None, context: int) -> int:
-    own = getattr(text_config, "max_position_embeddings", None)
-    most = min(context, own) if isinstance(own, int) and own > 0 else context
-    if wanted is not None and wanted > most:
-        raise ConfigError(
-            f"max_model_len={wanted:,}, but model and KV cache hold {most:,} tokens; load with a "
-            f"larger context, or use {most:,} or less"
-        )
-    return wanted or most
 
 
 def eos_token_ids(served: ServedModel) -> frozenset[int]:

@@ -124,6 +124,11 @@ class VarlenRunner:
         self._lengths[request] = cached
         return cached
 
+    def resize(self, places: int) -> None:
+        """Change the tokens that the KV cache holds; see `KvPool.resize`."""
+        with torch.inference_mode():
+            self.cache.pool.resize(places)
+
     def join(self, request: str, prefix: Prefix) -> int:
         """Copy what others have computed of a prompt; return how much of it is there."""
         self._lengths[request] = cached = self.cache.pool.join(request, prefix)

@@ -8,6 +8,7 @@ progress in every step. No tensors, text or threads.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from moefit.errors import QueueFullError
 
@@ -17,7 +18,8 @@ class Limits:
     """Limits shared by all requests.
 
     Attributes:
-        tokens: KV cache tokens, for prompts and completions at their maximum length.
+        tokens: KV cache tokens, for prompts and completions at their maximum length; `resize`
+            changes them.
         max_concurrency: Requests that run at the same time.
         prefill_chunk: Prompt tokens per step.
         max_waiting: Requests in the queue.
@@ -69,13 +71,20 @@ class _Request:
 
 
 class Scheduler:
-    """Queue of waiting requests and set of running requests."""
+    """Queue of waiting requests and set of running requests.
+
+    Attributes:
+        tokens: KV cache tokens now.
+        most: Tokens that the KV cache may hold if requests need them, at least `tokens`.
+        reserved: Tokens of running requests.
+    """
 
     def __init__(self, limits: Limits):
         self.limits = limits
+        self.tokens = self.most = limits.tokens
         self._waiting: dict[str, _Request] = {}
         self._running: dict[str, _Request] = {}
-        self.reserved = 0  # tokens of running requests
+        self.reserved = 0
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -90,7 +99,7 @@ class Scheduler:
     def submit(
         self, name: str, *, prompt: int, max_new_tokens: int, max_chunk: int | None = None
     ) -> None:
-        """Queue a request. The caller checks that it fits into the limits.
+        """Queue a request. The caller checks that it fits into `most`; later see `excessive`.
 
         Args:
             name: Request id.
@@ -102,7 +111,6 @@ class Scheduler:
             QueueFullError: If too many requests are waiting.
         """
         assert prompt > 0, "a prompt has tokens"
-        assert prompt + max_new_tokens <= self.limits.tokens, "the request could never run"
         assert name not in self._waiting and name not in self._running, name
         if len(self._waiting) >= self.limits.max_waiting:
             raise QueueFullError(
@@ -116,16 +124,38 @@ class Scheduler:
         """Start the longest waiting requests while there is capacity, and return their ids."""
         admitted: list[str] = []
         for name, request in list(self._waiting.items()):
-            if not self._fits(request):
+            if not self._fits(request, self.tokens):
                 break  # keep the order of arrival
             self._running[name] = self._waiting.pop(name)
             self.reserved += request.max_len
             admitted.append(name)
         return tuple(admitted)
 
-    def _fits(self, request: _Request) -> bool:
+    def _fits(self, request: _Request, tokens: int) -> bool:
         full = len(self._running) >= self.limits.max_concurrency
-        return not full and self.reserved + request.max_len <= self.limits.tokens
+        return not full and self.reserved + request.max_len <= tokens
+
+    def resize(self, tokens: int) -> None:
+        """Change the KV cache tokens, at least those that are reserved."""
+        assert self.reserved <= tokens
+        self.tokens, self.most = tokens, max(tokens, self.most)
+
+    def allow(self, most: int) -> tuple[str, ...]:
+        """Change `most`, and return waiting requests that are larger: they could never run."""
+        self.most = max(self.tokens, most)
+        return tuple(name for name, one in self._waiting.items() if one.max_len > self.most)
+
+    def wanted(self) -> int:
+        """Return the tokens of running requests and of those that could start beside them.
+
+        These are the longest waiting ones, as many as concurrency allows and `most` holds.
+        """
+        wanted, places = self.reserved, self.limits.max_concurrency - len(self._running)
+        for request in islice(self._waiting.values(), max(0, places)):
+            if wanted + request.max_len > self.most:
+                break
+            wanted += request.max_len
+        return wanted
 
     def computed(self, name: str) -> int:
         """Return how many tokens of a request have been computed."""
@@ -143,17 +173,19 @@ class Scheduler:
             elif len(self._running) >= self.limits.max_concurrency:
                 found[request.name] = f"one of {self.limits.max_concurrency:,} places to run"
             else:
-                free = self.limits.tokens - self.reserved
+                free = self.most - self.reserved
                 found[request.name] = f"{request.max_len:,} tokens of KV cache; {free:,} are free"
         return found
 
     @property
     def has_work(self) -> bool:
-        """Whether a step can compute or a waiting request can start."""
+        """Whether a step can compute, or a waiting request can start, or can never start."""
         if any(not request.held for request in self._running.values()):
             return True
         first = next(iter(self._waiting.values()), None)
-        return first is not None and self._fits(first)
+        if first is None:
+            return False
+        return first.max_len > self.most or self._fits(first, self.most)
 
     def prefilling(self) -> tuple[tuple[str, int], ...]:
         """Return requests in prefill that are not held, with their computed tokens."""
@@ -230,7 +262,7 @@ class Scheduler:
         assert len(self._waiting) <= limits.max_waiting
         assert not self._running.keys() & self._waiting.keys()
         assert self.reserved == sum(request.max_len for request in self._running.values())
-        assert self.reserved <= limits.tokens
+        assert self.reserved <= self.tokens <= self.most
         for request in self._running.values():
             assert 0 <= request.computed <= request.num_tokens <= request.max_len, request
             assert request.num_tokens >= request.prompt, request

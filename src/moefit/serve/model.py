@@ -167,6 +167,19 @@ class ServedModel:
         with self._shared.lock:  # the new budget depends on the present one
             return self._set_budget(self._budget.with_total(total))
 
+    def change_budget(self, change: Callable[[MemoryBudget], MemoryBudget]) -> MemoryBudget:
+        """Change parts of the budget other than slots, which get what is left of the total.
+
+        Args:
+            change: Returns the budget in force with other parts.
+
+        Raises:
+            BudgetTooSmallError: The parts leave too little for the fewest slots.
+            OSError: Allocation failed. As after the other error, nothing has changed.
+        """
+        with self._shared.lock:
+            return self._set_budget(change(self._budget))
+
     def reserve_steps(self, tokens: int) -> MemoryBudget:
         """Reserve memory for forward passes of this many tokens, if less is reserved.
 
@@ -265,6 +278,8 @@ class ServedModel:
         budget.slots()  # raises if it does not fit
         with self._shared.lock:
             policy = self.checked_policy(mode, **settings)
+            if (self._budget.context or 0) > (budget.context or 0):
+                raise ConfigError(f"the KV cache has grown to {self._budget.context} tokens; wait")
             self._apply_placement(placement, budget, policy, placed=True)
             self._shared.manager = manager or self._shared.manager
             self._restore_order()

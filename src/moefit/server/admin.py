@@ -11,6 +11,7 @@ from fastapi import APIRouter, Body, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 import moefit
+from moefit.engine.engine import Engine
 from moefit.errors import ConfigError, MoefitError
 from moefit.serve.config import Policy
 from moefit.serve.memory.budget import format_bytes, parse_bytes
@@ -105,14 +106,15 @@ def _follow(service: Service, body: MemoryRequest) -> None:
 
 
 def _change(service: Service, body: MemoryRequest) -> None:
-    _apply(service.engine.served, body)
+    _apply(service.engine, body)
     if service.live_plan is not None:
         service.live_plan.clear()
 
 
-def _apply(served: ServedModel, body: MemoryRequest) -> None:
+def _apply(engine: Engine, body: MemoryRequest) -> None:
     """Set the mode first, which is easy to revert; a failing budget change reverts itself."""
-    before, given = served.policy, body.model_fields_set
+    served, given = engine.served, body.model_fields_set
+    before = served.policy
     if given - {"bytes"}:
         policy = body.model_dump(include={"prefill", "bound"}, exclude_none=True)
         if body.mode is None:
@@ -120,7 +122,7 @@ def _apply(served: ServedModel, body: MemoryRequest) -> None:
         served.set_mode(body.mode or before.mode, **policy)
     if "bytes" in given:
         try:
-            served.set_memory(body.bytes)
+            engine.set_memory(body.bytes)
         except BaseException:
             _restore_mode(served, before)
             raise

@@ -90,7 +90,7 @@ class LocalChat:
         self.name, self._engine = name, engine
         text = engine.served.model.config.get_text_config(decoder=True)
         self._tokenizer = RequestTokenizer(
-            engine.served.tokenizer, size=text.vocab_size, max_tokens=engine.max_model_len
+            engine.served.tokenizer, size=text.vocab_size, max_tokens=lambda: engine.max_model_len
         )
         self.supports_chat = self._tokenizer.has_template
 

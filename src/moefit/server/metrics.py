@@ -214,6 +214,10 @@ class ModelCollector:
         yield self._gauge("num_requests_waiting", "Waiting requests", stats.waiting)
         used = stats.kv_tokens_used / stats.kv_tokens if stats.kv_tokens else 0.0
         yield self._gauge("kv_cache_usage_perc", "Fraction of the KV cache in use, 0 to 1", used)
+        yield self._gauge("kv_cache_tokens", "Tokens that the KV cache holds", stats.kv_tokens)
+        yield self._gauge(
+            "kv_cache_max_tokens", "Tokens to which the KV cache may grow", stats.kv_tokens_most
+        )
         yield self._counter(
             "prompt_tokens",
             "Prompt tokens computed, without those found in the cache",

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 import moefit
 from moefit.engine.api import SamplingParams
 from moefit.engine.engine import Engine
-from moefit.engine.request_state import check_length, eos_token_ids
+from moefit.engine.request_state import eos_token_ids
 from moefit.engine.structured.grammar import Grammar, GrammarCompiler
 from moefit.errors import ConfigError
 from moefit.plan.plan_file import Plan
@@ -167,7 +167,7 @@ class Service:
             tokenizer = None
         self.decoder_only = not model.config.is_encoder_decoder
         self.tokenizer = RequestTokenizer(
-            tokenizer, size=text.vocab_size, max_tokens=engine.max_model_len
+            tokenizer, size=text.vocab_size, max_tokens=lambda: engine.max_model_len
         )
         self.grammars = GrammarCompiler(
             tokenizer, size=text.vocab_size, eos_ids=eos_token_ids(engine.served)
@@ -278,7 +278,7 @@ class Service:
 
     def check_length(self, prompt: Sequence[int], max_tokens: int) -> None:
         """Raise RequestTooLargeError if prompt and completion never fit, before slow work."""
-        check_length(len(prompt), max_tokens, self.engine.max_model_len)
+        self.engine.check_length(len(prompt), max_tokens)
 
     def check_logprobs(self, engine_requests: Sequence[EngineRequest]) -> None:
         """Raise APIError if a request may need too many log-probabilities."""

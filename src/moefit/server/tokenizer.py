@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -256,14 +256,21 @@ class RequestTokenizer:
     Args:
         backend: transformers tokenizer; None if the model has none.
         size: Number of token ids that the model knows.
-        max_tokens: Tokens of a request at most; longer texts are rejected before tokenizing.
+        max_tokens: Tokens of a request at most, or a function that returns them; longer texts are
+            rejected before tokenizing.
 
     Raises:
         ConfigError: If the tokenizer's rules may lengthen a text thousands of times.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerBase | None, *, size: int, max_tokens: int):
-        self.backend, self.size, self._max_tokens = backend, size, max_tokens
+    def __init__(
+        self,
+        backend: PreTrainedTokenizerBase | None,
+        *,
+        size: int,
+        max_tokens: int | Callable[[], int],
+    ):
+        self.backend, self.size, self._most = backend, size, max_tokens
         self._lock = threading.Lock()
         self._renderer: Renderer | None = None
         self._closed = False
@@ -275,6 +282,10 @@ class RequestTokenizer:
     def has_template(self) -> bool:
         """Whether the model has a chat template."""
         return self.backend is not None and bool(self.backend.chat_template)
+
+    @property
+    def _max_tokens(self) -> int:
+        return self._most if isinstance(self._most, int) else self._most()
 
     def ids(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a text.

@@ -162,6 +162,15 @@ class Pool(RuleBasedStateMachine):
         for index in range(begin, end):
             self.row[start + index] = (namespace, tuple(text[: index + 1]))
 
+    @rule(data=st.data())
+    def resize(self, data: st.DataObject) -> None:
+        reserved = sum(size for *_, size in self.texts.values())
+        places = data.draw(st.integers(max(reserved, BLOCK), 2 * PLACES))
+        for move in self.cache.resize(places):
+            for index in range(move.size):
+                self.row[move.target + index] = self.row[move.source + index]
+        self.row = [*self.row, *[None] * places][:places]
+
     @precondition(lambda self: self.cache.free)
     @rule(data=st.data())
     def open(self, data: st.DataObject) -> None:
@@ -214,7 +223,7 @@ class Pool(RuleBasedStateMachine):
     @invariant()
     def each_request_has_its_text(self) -> None:
         self.cache.check()
-        assert self.cache.free == PLACES - sum(size for *_, size in self.texts.values())
+        assert self.cache.free == len(self.row) - sum(size for *_, size in self.texts.values())
         for name, (namespace, text, done, _) in self.texts.items():
             start = self.cache.start(name)
             for index in range(done):

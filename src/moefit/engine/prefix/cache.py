@@ -77,6 +77,24 @@ class PrefixCache:
         """Places that no running request has reserved."""
         return self._places.free
 
+    def resize(self, places: int) -> tuple[Move, ...]:
+        """Change the number of places; the least recently used blocks are removed to fit.
+
+        Args:
+            places: At least as many as running requests have reserved.
+
+        Returns:
+            Moves to carry out in order, before places at the end are removed.
+        """
+        reserved, moves = self.places - self.free, tuple[Move, ...]()
+        assert places >= reserved, f"requests have reserved {reserved} places"
+        while reserved + len(self._tree.idle) * self.block > places:
+            self._evicted += self._remove(self._tree.oldest())
+        if self._places.end > places:
+            moves = merged(self._places.compact())
+        self._places.resize(places)
+        return moves
+
     def start(self, name: str) -> int:
         """Return the first place of a running request."""
         return self._places.start(name)

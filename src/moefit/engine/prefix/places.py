@@ -142,6 +142,16 @@ class Places:
                 self._blocks[number] = target
                 yield Move(source=place, target=target, size=self.block)
 
+    @property
+    def end(self) -> int:
+        """End of what is occupied, exclusive."""
+        return max((place + size for place, size, _ in self._occupied()), default=0)
+
+    def resize(self, places: int) -> None:
+        """Change the number of places; nothing may lie beyond them."""
+        assert self.end <= places, f"{self.end} places are occupied"
+        self.places = places
+
     def compact(self) -> tuple[Move, ...]:
         """Move all ranges and idle blocks to the front, without gaps between them.
 

@@ -90,8 +90,12 @@ class ModelDrafter:
         self._choosers: dict[str, Chooser] = {}  # of the present call of `draft`
 
     def open(self, request: str, about: DraftedRequest) -> None:
-        """Reserve KV cache for a request, unless it is longer than the draft model's texts."""
-        if about.tokens > self._longest:
+        """Reserve KV cache for a request, unless it is longer than the draft model's texts.
+
+        Nor is it where there is no room, since this KV cache does not grow with the engine's.
+        """
+        places = self._runner.prefixes
+        if about.tokens > self._longest or places is None or about.tokens > places.free:
             return
         cached = self._runner.open(request, about.tokens, about.prefix)
         known = [] if about.prefix is None else list(about.prefix.tokens[:cached])

@@ -113,7 +113,9 @@ class MtpDrafter:
         self._unfollow: Callable[[], None] | None = None
 
     def open(self, request: str, about: DraftedRequest) -> None:
-        """Reserve KV cache for a request."""
+        """Reserve KV cache for a request, if there is room: it does not grow with the engine's."""
+        if about.tokens > self._cache.pool.places.free:
+            return
         self._cache.pool.open(request, about.tokens)
         self._texts[request] = _Text(about.foreseen)
         self._unfollow = self._unfollow or self._layer.follow(self._see)

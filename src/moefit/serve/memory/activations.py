@@ -36,6 +36,11 @@ def needs_whole_prompts(config: Any) -> bool:
     return bool(config.is_encoder_decoder) or Rule.parse(rule).kind == "threshold_top_k"
 
 
+def layers_with_cache(config: Any) -> int:
+    """Return the number of layers that hold keys and values; 0 if it is not known."""
+    return _first(config.get_text_config(decoder=True), *_LAYERS) or 0
+
+
 def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, int8: bool = False) -> int:
     """Return the bytes of one token in the KV cache, over all layers.
 

@@ -233,7 +233,9 @@ class MemoryState(BaseModel):
         checkpoint: Formats of the checkpoint, and which of them slots hold.
         adapter: The folder of the adapter that is applied; null if there is none.
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
-        kv_tokens: Tokens that the KV cache holds.
+        kv_tokens: Tokens that the KV cache holds now.
+        kv_tokens_reserved: Tokens that it holds from the start, and at least.
+        kv_tokens_most: Tokens to which it may grow in this budget.
         prefix_cache: Keys and values that requests reuse.
         speculation: Drafted tokens.
         prefetch: Experts that are predicted and read early.
@@ -262,6 +264,8 @@ class MemoryState(BaseModel):
     adapter: str | None
     kv_cache_dtype: str | None
     kv_tokens: int
+    kv_tokens_reserved: int
+    kv_tokens_most: int
     kv_tokens_used: int
     prefix_cache: PrefixCacheState
     speculation: SpeculationState
@@ -297,6 +301,8 @@ def memory_state(service: Service) -> MemoryState:
         everything_in=engine.served.budget.all_resident_bytes_in(),
         plan=_plan_summary(live.plan) if live and live.plan else None,
         kv_tokens=stats.kv_tokens,
+        kv_tokens_reserved=stats.kv_tokens_reserved,
+        kv_tokens_most=stats.kv_tokens_most,
         kv_tokens_used=stats.kv_tokens_used,
         prefix_cache=_prefix_cache(engine.prefix_coverage, stats, budget["kv_cache"]),
         speculation=_speculation(engine.speculation_coverage, stats),

@@ -64,6 +64,13 @@ export function drafted(speculation, formatCount) {
     `${each} tokens a step that verified a draft.`;
 }
 
+/** Describe how many tokens the KV cache holds, and to how many it may grow. */
+export function tokensHeld(memory, formatCount) {
+  const [used, now, most] = [memory.kv_tokens_used, memory.kv_tokens, memory.kv_tokens_most];
+  const more = most > now ? `, up to ${formatCount(most)}` : "";
+  return `${formatCount(used)} of ${formatCount(now)} tokens${more}`;
+}
+
 /** Describe the reuse of keys and values in a sentence. */
 export function reuse(cache, formatCount) {
   if (!cache) return "";

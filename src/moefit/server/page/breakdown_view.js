@@ -1,7 +1,7 @@
 // View of the memory breakdown: the bar, its marks, and the size of each part.
 
 import { byId, element, say } from "./dom.js";
-import { breakdown, drafted, planned, reuse, sentence } from "./breakdown.js";
+import { breakdown, drafted, planned, reuse, sentence, tokensHeld } from "./breakdown.js";
 import { grain, rangeOf } from "./dial.js";
 import { formatBytes, formatCount, formatFine } from "./numbers.js";
 
@@ -53,8 +53,7 @@ export class BreakdownView {
     if (key === "kv_cache" && memory.kv_tokens) {
       segment.firstChild.style.width = `${(100 * memory.kv_tokens_used) / memory.kv_tokens}%`;
     }
-    const used = key === "kv_cache" && memory.kv_tokens
-      ? `, ${formatCount(memory.kv_tokens_used)} of ${formatCount(memory.kv_tokens)} tokens` : "";
+    const used = key === "kv_cache" && memory.kv_tokens ? `, ${tokensHeld(memory, formatCount)}` : "";
     segment.title = `${formatBytes(bytes)}${used}`;
     say(value, `${formatBytes(bytes)}${used}`);
   }
