@@ -155,7 +155,7 @@ def test_every_option_has_environment_variable(given) -> None:
         "MOEFIT_DRAIN_SECONDS": "1.5", "MOEFIT_CORS_ORIGIN": "https://a.example",
         "MOEFIT_GENERATION_CONFIG": "none", "MOEFIT_DETERMINISTIC": "1",
         "MOEFIT_WARM_START": "false", "MOEFIT_PREFIX_CACHE": "on", "MOEFIT_PREFIX_CACHE_DIR": "d",
-        "MOEFIT_PREFIX_CACHE_DISK": "1GiB",
+        "MOEFIT_PREFIX_CACHE_DISK": "1GiB", "MOEFIT_CONTEXT_MAX": "400",
     }  # fmt: skip
     assert RUNNER.invoke(app, ["serve"], env=environment).exit_code == 0
     ((_, options, engine, settings, _, following, warm),) = given
@@ -164,7 +164,7 @@ def test_every_option_has_environment_variable(given) -> None:
     assert (options.prefill, options.bound, options.precision) == ("bounded", 0.2, "int4")
     assert (options.dense, options.context, options.device) == ("int8", 99, "cuda")
     assert (engine.max_model_len, engine.max_waiting, engine.prefill_chunk) == (50, 5, 7)
-    assert engine.deterministic and engine.prefix_cache == "on"
+    assert engine.deterministic and engine.prefix_cache == "on" and engine.context_max == 400
     assert (engine.prefix_folder, engine.prefix_disk_bytes) == (Path("d"), 1 << 30)
     assert (settings.name, settings.chat_tokens, settings.connections) == ("me", 9, 4)
     assert (settings.drain_seconds, settings.origins) == (1.5, ("https://a.example",))

@@ -72,7 +72,9 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def bits(heard: Heard) -> list[float]:
     made = [event for event in heard.wait().events if isinstance(event, TokenEvent)]
     assert heard.end.reason == "length", heard.end
-    return [number for event in made for number in (event.token, event.logprob.logprob)]
+    known = [event.logprob for event in made if event.logprob is not None]
+    assert len(known) == len(made)
+    return [number for one in known for number in (one.token, one.logprob)]
 
 
 def asked(engine: Engine, length: int, seed: int = 0, tokens: int = 8) -> Heard:

@@ -65,6 +65,8 @@ def test_memory_state(running, served) -> None:
     assert 0 < memory["slot_bytes"] < memory["process_bytes"] <= memory["peak_process_bytes"]
     assert memory["requests"] == {"running": 0, "waiting": 0}
     assert (memory["kv_tokens"], memory["kv_tokens_used"]) == (2048, 17)
+    assert (memory["kv_tokens_reserved"], memory["kv_tokens_most"]) == (1024, 8192)
+    assert "17 of 2,048, up to 8,192" in [str(one) for one in memory_table(memory).columns[1].cells]
     assert memory["kv_cache_dtype"] == served.budget.kv_dtype
     assert memory["latency"]["ttft_p50"] is None
     assert memory["counters"]["hits"] > 0
@@ -239,6 +241,8 @@ def test_metrics_have_vllm_names(running, served) -> None:
     assert found["moefit:num_requests_running"] == 0
     assert found["moefit:num_requests_waiting"] == 0
     assert found["moefit:kv_cache_usage_perc"] == pytest.approx(17 / 2048)
+    assert found["moefit:kv_cache_tokens"] == 2048
+    assert found["moefit:kv_cache_max_tokens"] == 8192
     assert found["moefit:prompt_tokens_total"] == 5
     assert found["moefit:generation_tokens_total"] == 7
     assert found["moefit:prefix_cache_queries_total"] == 1000
