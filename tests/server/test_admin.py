@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_http import client_of, error_of, fake_service
 
 import moefit
+from moefit.cli.budget import memory_table
 from moefit.engine.invariance import Invariance, Uncovered
 from moefit.errors import BudgetTooSmallError
 from moefit.serve.memory.follow import BudgetFollower, BudgetRule, MemoryReading

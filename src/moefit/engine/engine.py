@@ -329,9 +329,9 @@ class Engine:
 
     def check(self) -> None:
         """Raise AssertionError if scheduler and engine hold different requests."""
+        self._growth.check()
         with self._changed:
             self._scheduler.check()
-            self._growth.check()
             known = {*self._scheduler.running, *self._scheduler.waiting}
             assert known == self._requests.keys(), known ^ self._requests.keys()
             if not known:

@@ -8,7 +8,7 @@ that the process stays within its budget. It changes sizes in the engine's threa
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from threading import Condition
+from threading import Condition, Lock
 from time import monotonic
 
 from moefit.engine.api import EngineSettings
@@ -75,6 +75,7 @@ class KvGrowth:
         self.base = scheduler.tokens
         self._rule = ReservationRule(self.base)
         self._retry_at = 0.0
+        self._sizing = Lock()  # while sizes differ; taken before `changed`
         self._known: tuple[MemoryBudget, int] | None = None
         self._obstacle = _obstacle(served, runner, settings)
         self._costs = None if self._obstacle else _costs(served, runner, settings, sizes.step)
@@ -165,16 +166,20 @@ class KvGrowth:
     def close(self) -> None:
         """Give back what the cache has grown by, once no request runs."""
         if self._scheduler.tokens > self.base and not self._scheduler.reserved:
-            self._resize(self.base)
+            try:
+                self._resize(self.base)
+            except (MoefitError, OSError, RuntimeError):  # such as of a model that is closed
+                _LOG.exception("the KV cache of a closed engine could not be made smaller")
 
     def check(self) -> None:
         """Raise AssertionError if scheduler, cache and budget differ in size."""
-        tokens, budget = self._scheduler.tokens, self._served.budget
-        if self._runner.prefixes is not None:
-            assert self._runner.prefixes.places == tokens
-        if self._costs is not None:
-            expected = self._costs.at(budget, tokens)
-            assert (budget.context, budget.kv_cache) == (tokens, expected.kv_cache)
+        with self._sizing:
+            tokens, budget = self._scheduler.tokens, self._served.budget
+            if self._runner.prefixes is not None:
+                assert self._runner.prefixes.places == tokens
+            if self._costs is not None:
+                expected = self._costs.at(budget, tokens)
+                assert (budget.context, budget.kv_cache) == (tokens, expected.kv_cache)
 
     def _allow(self, most: int) -> list[str]:
         with self._changed:
@@ -188,6 +193,10 @@ class KvGrowth:
 
     def _resize(self, tokens: int) -> None:
         """Change the size. Raises MoefitError or OSError if it cannot grow, or slots cannot."""
+        with self._sizing:
+            self._resize_all(tokens)
+
+    def _resize_all(self, tokens: int) -> None:
         assert self._costs is not None and isinstance(self._runner, VarlenRunner)
         before, costs = self._scheduler.tokens, self._costs
 
