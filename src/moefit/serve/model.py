@@ -168,10 +168,7 @@ class ServedModel:
             return self._set_budget(self._budget.with_total(total))
 
     def change_budget(self, change: Callable[[MemoryBudget], MemoryBudget]) -> MemoryBudget:
-        """Change parts of the budget other than slots, which get what is left of the total.
-
-        Args:
-            change: Returns the budget in force with other parts.
+        """Change parts of the budget by `change`; slots get what is left of the total.
 
         Raises:
             BudgetTooSmallError: The parts leave too little for the fewest slots.
