@@ -168,12 +168,7 @@ class ServedModel:
             return self._set_budget(self._budget.with_total(total))
 
     def change_budget(self, change: Callable[[MemoryBudget], MemoryBudget]) -> MemoryBudget:
-        """Change parts of the budget by `change`; slots get what is left of the total.
-
-        Raises:
-            BudgetTooSmallError: The parts leave too little for the fewest slots.
-            OSError: Allocation failed. As after the other error, nothing has changed.
-        """
+        """Change parts by `change`; slots get what is left of the total. Raises as `set_memory`."""
         with self._shared.lock:
             return self._set_budget(change(self._budget))
 
