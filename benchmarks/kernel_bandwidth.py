@@ -1,6 +1,6 @@
 """Measure kernels against what the processor can read and multiply: a roofline in numbers.
 
-    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,fp8]
+    python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,fp8,q4_k]
         [--threads 1,2] [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
 
 Two operations: eight experts of OLMoE's shape with one token, and a linear layer with any number.
@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moefit.checkpoint.gguf.blocks import K_QUANTS
 from moefit.moe.families import ScaledCodes
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.quant.grouped_int import GroupedMatrix
 from moefit.quant.scaled.fp8 import Fp8Matrix, fp8_bytes
-from moefit.quant.scaled.matrix import ScaledMatrix, scaled_bytes
+from moefit.quant.scaled.held import held_bytes, held_matrix
 from moefit.serve.cache.slot import host_bytes
 
 WIDTH, EXPERT = 2048, 1024  # OLMoE's
@@ -44,6 +45,7 @@ CODES = {
     "mxfp4": ScaledCodes("mxfp4", "e2m1", "e8m0", 32),
     "int4-32": ScaledCodes("int4 in groups of 32", "int4", "float16", 32),
     "int8-32": ScaledCodes("int8 in groups of 32", "int8", "float16", 32),
+    **{type: ScaledCodes(type, type, "float16", 256) for type in K_QUANTS},
 }
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
 PAUSE = 0.01  # seconds, until no thread of the kernels' pool spins
@@ -179,11 +181,12 @@ def random_matrix(name: str, rows: int, cols: int) -> Weight:
         memory[size:].view(torch.float32).fill_(1.0)
         return Fp8Matrix.of(cols, memory[:size], memory[size:])
     if name in CODES:
-        size, more = scaled_bytes(rows, cols, CODES[name])
+        size, more = held_bytes(rows, cols, CODES[name])
         memory = host_bytes(size + more).random_(256)
-        # Exponents of 2^-7 and halves of 0.0067: no product is beyond float32 or subnormal.
+        # Exponents of 2^-7 and halves of 0.0067: no product is beyond float32 or subnormal. In
+        # k-quants, words other than halves are small integers, and any will do.
         memory[size:].view(torch.int16).fill_(0x7878 if name == "mxfp4" else 0x1EDC)
-        return ScaledMatrix.of(CODES[name], cols, memory[:size], memory[size:])
+        return held_matrix(CODES[name], cols, memory[:size], memory[size:])
     format = parse_format(name)
     assert isinstance(format, GroupedFormat), name
     made = GroupedMatrix.empty(rows, cols, format.bits)
