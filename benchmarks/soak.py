@@ -6,11 +6,12 @@
 Clients send completions, conversations that grow, structured output, tools, sampled requests and
 the Responses API, plain or streamed; a third of them disconnect mid-stream, and others are
 cancelled. Prefixes are kept, in a folder on a small file system that is full for half of the time;
-tokens are drafted by prompt lookup, by a draft model (the served one) or not. Every few seconds the
-budget changes or begins to follow free memory; occasionally a shard (of a copy of the checkpoint)
-cannot be read for a few seconds; once a minute the server is killed while it writes a file of
-prefixes, files are damaged, and it is started again on the same folder; schemas that are too large
-to compile arrive.
+tokens are drafted by prompt lookup, by a draft model (the served one) or not. The KV cache is
+small: it grows for several requests at once and for long ones, and gives back what it grew by.
+Every few seconds the budget changes or begins to follow free memory; occasionally a shard (of a
+copy of the checkpoint) cannot be read for a few seconds; once a minute the server is killed while
+it writes a file of prefixes, files are damaged, and it is started again on the same folder; schemas
+that are too large to compile arrive.
 
 Every complete answer is compared: see `soak_requests`. In bfloat16, where transformers rounds
 differently, the model's own answers are those of a served model that computes nothing else. Counted
@@ -60,6 +61,7 @@ from moefit.evaluate.loading import load_full_model
 
 APART = "MOEFIT_SOAK_APART"  # set in the process that has a namespace of its own
 TIMEOUT = 3600  # long, since all of the test may be stopped for a while
+CONTEXT = 768  # tokens of KV cache from the start, in which each request fits but the long ones
 AFTER_OUTAGE = 90.0  # seconds in which errors of an outage may still be answered
 
 
@@ -104,10 +106,10 @@ def soak_in(folder: Path, given: argparse.Namespace) -> Tally:
     config = copy / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TEMPLATE}))
     disk.mkdir()
-    serve = [str(copy), "--dtype", given.dtype, "--max-concurrency", "8", "--context", "4096"]
+    serve = [str(copy), "--dtype", given.dtype, "--max-concurrency", "8"]
     scripts = expected(folder, copy, serve, given)
     limited = [
-        "--memory", "700MiB", "--memory-headroom", "256MiB",
+        "--context", str(CONTEXT), "--memory", "700MiB", "--memory-headroom", "256MiB",
         "--prefix-cache-dir", str(disk / "prefixes"), "--prefix-cache-disk",
         f"{given.disk * 3 // 4}MiB",
     ]  # fmt: skip
@@ -131,7 +133,8 @@ def expected(
         kept = json.loads(given.answers.read_text())
         return [[Ask(**ask) for ask in script] for script in kept]
     scripts = own_answers(model, given.dtype)
-    alone = Server([*serve, "--prefix-cache", "off"], given.port, ["off"], folder, [], Tally())
+    roomy = [*serve, "--prefix-cache", "off", "--context", "4096"]
+    alone = Server(roomy, given.port, ["off"], folder, [], Tally())
     scripts += asyncio.run(answers_alone(alone, other_scripts()))
     shutil.rmtree(folder / "cache", ignore_errors=True)
     if given.answers is not None:
@@ -260,7 +263,7 @@ class Client:
             else:
                 answer = await plain(self._http, ask)
         except Failed as error:
-            self._failed(error)
+            self._failed(ask, error)
             await asyncio.sleep(0.5)
         except (httpx.HTTPError, NoEnd) as error:
             if start != self._server.starts or not self._server.up.is_set():
@@ -282,9 +285,12 @@ class Client:
             tally.wrong += 1
             print(f"wrong: {ask}: {answer}", flush=True)
 
-    def _failed(self, error: Failed) -> None:
+    def _failed(self, ask: Ask, error: Failed) -> None:
         if error.code == "cancelled_by_operator":
             self._tally.cancelled += 1
+            return
+        if ask.kind == "long" and error.code == "context_length_exceeded":
+            self._tally.without_room += 1  # beside experts, in the budget of that moment
             return
         self._tally.count("failed", str(error))
         if time.monotonic() > self._server.outage_ended + AFTER_OUTAGE:

@@ -15,6 +15,7 @@ from soak_server import Clock, Server, Tally
 
 from moefit.serve.memory.budget import format_bytes
 
+_IN_USE = "requests that run hold"  # of a budget too small for a KV cache that has grown
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -64,7 +65,9 @@ class Faults:
                 wanted = "auto" if self._chance.random() < 1 / 6 else size
                 response = await self._http.post("/v1/memory", json={"bytes": wanted})
                 self._tally.budget_changes += 1
-                if response.status_code != 200:
+                if _IN_USE in response.text:  # requests that began since the bounds were asked for
+                    self._tally.budgets_in_use += 1
+                elif response.status_code != 200:
                     self._tally.budget_changes_failed += 1
                     self._tally.count("failed", f"budget: {response.text[:120]}")
                 continue

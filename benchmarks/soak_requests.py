@@ -104,6 +104,7 @@ def greedy_scripts(own: Callable[[str, int], str]) -> list[Script]:
         *([ask("plain", prompt, tokens)] for prompt in PROMPTS for tokens in (4, 32)),
         *map(conversation, OPENINGS),
         *([ask("repetition", text, 64)] for text in edits),
+        *([ask("long", PREAMBLE * 6 + opening, 32)] for opening in OPENINGS),
     ]
 
 

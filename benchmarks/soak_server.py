@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+_PROGRAM = Path(__file__).with_name("impatient_server.py")
 _LONGEST_TICK = 2.0  # seconds; on a busy machine a tenth of a second takes longer
 _ERROR = re.compile(r"(?:\w+\.)*(\w+(?:Error|Exception))\b")
 
@@ -30,11 +31,13 @@ class Tally:
     cut_by_kill: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     failed_without_cause: int = 0
+    without_room: int = 0
     without_an_end: int = 0
     kills: int = 0
     kills_in_mid_write: int = 0
     budget_changes: int = 0
     budget_changes_failed: int = 0
+    budgets_in_use: int = 0
     outages: int = 0
     full_disks: int = 0
     damaged_files: int = 0
@@ -104,6 +107,7 @@ class Server:
         self._port, self.url = str(port), f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._features: Mapping[str, int] = {}
+        self._kv_tokens: int | None = None  # in the last sample of this process
         self.starts = self.pid = 0
         self.log = folder / "server.log"
         self.up = asyncio.Event()
@@ -115,7 +119,7 @@ class Server:
         """Start the server with the next way of drafting, and wait until it answers."""
         draft = self._drafts[self.starts % len(self._drafts)]
         command = [
-            *self._before, sys.executable, "-m", "moefit", "serve", *self._command,
+            *self._before, sys.executable, str(_PROGRAM), "serve", *self._command,
             "--port", self._port, "--speculate", draft,
         ]  # fmt: skip
         environ = {**os.environ, "XDG_CACHE_HOME": str(self._folder / "cache")}
@@ -170,11 +174,16 @@ class Server:
             "drafted and right": guesses["accepted"],
             "experts read": state["counters"]["fetches"],
         }
+        before, self._kv_tokens = self._kv_tokens, state["kv_tokens"]
+        if before is not None and before != self._kv_tokens:
+            change = "grew" if self._kv_tokens > before else "gave back"
+            self._tally.count("features", f"times that the KV cache {change}")
 
     def _note_features(self) -> None:
         for name, number in self._features.items():
             self._tally.count("features", name, number)
         self._features = {}
+        self._kv_tokens = None
 
     def read_log(self) -> None:
         """Count what the log has of errors, by class, and of files of prefixes."""
@@ -194,7 +203,7 @@ def _server_below(pid: int) -> int:
     end = time.monotonic() + 30
     while time.monotonic() < end:
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if b"moefit" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if _PROGRAM.name.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
                 return int(child)
         time.sleep(0.05)
     raise SystemExit("the command before the server runs none")
