@@ -54,6 +54,14 @@ _SMALL = {
 MODELS |= {
     f"small-{name}": {**one, "model": {**one["model"], **_SMALL}} for name, one in MODELS.items()
 }
+# What 5 or 4 of 16 experts can reach at all: models that have no more, trained alone.
+MODELS |= {
+    f"small-sparse-{experts}": {
+        **MODELS["small-sparse"],
+        "model": {**MODELS["small-sparse"]["model"], "num_experts": experts},
+    }
+    for experts in (4, 5, 32)
+}
 NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
 LATE = {**NESTED, "begin": 0.8}
 MIXED_BITS = {"formats": ["int2", "int3", "int4"], "begin": 0.8}
