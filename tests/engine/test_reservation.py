@@ -118,7 +118,7 @@ class Sizes(RuleBasedStateMachine):
             self.cache.close(name)
             self.scheduler.remove(name)
             del self.sizes[name]
-        for _ in range(3):
+        for _ in range(5):  # at first what was needed meanwhile stays, then the next minute begins
             self.step()
             self.now += GIVE_BACK_AFTER
         assert self.scheduler.tokens == BASE

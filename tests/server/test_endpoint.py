@@ -1,5 +1,6 @@
 """End to end: HTTP, engine and the reference model, against the model itself."""
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,4 +159,6 @@ def test_memory_changes_during_responses(served, client, expected) -> None:
 def test_request_that_never_fits_names_sizes(client) -> None:
     error = error_of(client.post(URL, json={"prompt": "a", "max_tokens": 5000}), 400)
     assert error["code"] == "context_length_exceeded"
-    assert "5,001" in error["message"] and "512" in error["message"]
+    assert "5,001" in error["message"] and "one request holds at most" in error["message"]
+    fitting = int(re.search(r"max_tokens=([\d,]+) or less", error["message"])[1].replace(",", ""))
+    assert 511 <= fitting < 5000, "at least what is reserved"

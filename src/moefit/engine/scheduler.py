@@ -148,10 +148,12 @@ class Scheduler:
     def wanted(self) -> int:
         """Return the tokens of running requests and of those that could start beside them.
 
-        These are the longest waiting ones, as many as concurrency allows and `most` holds.
+        These are the longest waiting ones, as many as concurrency allows and `most` holds, without
+        those that `allow` names, which the engine refuses before it starts any.
         """
         wanted, places = self.reserved, self.limits.max_concurrency - len(self._running)
-        for request in islice(self._waiting.values(), max(0, places)):
+        able = (one for one in self._waiting.values() if one.max_len <= self.most)
+        for request in islice(able, max(0, places)):
             if wanted + request.max_len > self.most:
                 break
             wanted += request.max_len

@@ -16,7 +16,7 @@ from tiny_served import logits, saved, tiny, tokens
 from torch import Tensor
 
 from moefit.errors import CheckpointError, ConfigError, MoefitError
-from moefit.quant.format import Format, expert_output, parse_format
+from moefit.quant.format import Format, parse_format
 from moefit.quant.gptq import CalibratedExpert
 from moefit.serve.cache.slot import allocate_slot
 from moefit.serve.config import LoadSettings
@@ -120,9 +120,9 @@ def expected_slots(skeleton: Skeleton, what: CalibrationText, folder: Path, form
             slot = allocate_slot(format, block.layout.specs, CPU)
             native, (x_ND, count_N) = store.native(block.name, expert), inputs.rows(expert)
             CalibratedExpert(block.layout, native, x_ND, count_N).encode(slot.tensors)
+            decoded = format.decode(slot.tensors, block.layout.specs, x_ND.dtype)
             off_ND = (
-                expert_output(block.layout, format, slot.tensors, x_ND)
-                - block.layout.output(native, x_ND)
+                block.layout.output(decoded, x_ND) - block.layout.output(native, x_ND)
             ).square()
             own_ND = block.layout.output(native, x_ND).square()
             yield (
