@@ -1,6 +1,6 @@
 """Served models of a few layers, and what they compute."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,14 @@ def layers_of(model: nn.Module) -> list[LayerForward]:
 
 
 @torch.inference_mode()
-def decoded(model: Any, **named: Any) -> Tensor:
-    """Return logits of a prompt of 7 tokens, then of 6 tokens one by one."""
+def decoded(model: Any, *, after: Callable[[], object] | None = None, **named: Any) -> Tensor:
+    """Return logits of a prompt of 7 tokens, then of 6 tokens one by one, each `after` a call."""
     ids_1T = tokens(1, 13)
     output, cache = forward_with_cache(model, None, input_ids=ids_1T[:, :7])
     rows = [output.logits]
     for at in range(7, 13):
+        if after is not None:
+            after()
         output, cache = forward_with_cache(model, cache, input_ids=ids_1T[:, at : at + 1], **named)
         rows.append(output.logits)
     return torch.cat(rows, dim=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from served_layers import (
     own_modules,
     served,
 )
-from tiny_served import saved, tiny, tokens
+from tiny_served import saved, settled, tiny, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -212,8 +213,10 @@ def test_swaps_and_budgets_follow_the_choice(tmp_path: Path) -> None:
             loaded.set_memory(loaded.budget.total_for_slots([4] * 4))
             for mode in ("exact", "bounded", "virtual"):
                 loaded.set_mode(mode)
+                settle = partial(settled, loaded)  # swaps end at the same step both times
+                settle()
                 with own_modules(loaded.model) if own else nothing():
-                    results.append((decoded(loaded.model), counts(loaded)))
+                    results.append((decoded(loaded.model, after=settle), counts(loaded)))
     half = len(results) // 2
     for (logits, counters), (own_logits, own_counters) in zip(
         results[:half], results[half:], strict=True
