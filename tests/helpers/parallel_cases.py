@@ -190,6 +190,67 @@ def bf16_traffic(processes: Processes) -> list[float]:
     return found
 
 
+LONG_WAY = {**SPREAD, "all_to_all": "hierarchical"}
+WAYS = {
+    "top 1": ({**SHAPE, "num_experts": 8, "training_rule": "top_k:1"}, {}),
+    "top 4": (
+        {**SHAPE, "num_experts": 8, "training_rule": "top_k:4", "mlp_type": "gelu"},
+        {"capacity_factor": 1.2},
+    ),
+    "olmoe": ({"architecture": "olmoe", **SHAPE, "num_experts_per_tok": 3}, {}),
+    "same experts": ({**SHAPE, "training_rule": "top_k:2"}, {}),
+}
+
+
+def ways(processes: Processes, precision: str) -> dict[str, list]:
+    """Return, per model, numbers that differ between the ways of tokens, and reports of traffic.
+
+    Numbers are the logits of 3 steps, and the gradients of their last.
+    """
+    found = {}
+    for name, (model, more) in WAYS.items():
+        done = [one_way(processes, name, model, {**way, **more}, precision)
+                for way in (SPREAD, LONG_WAY)]  # fmt: skip
+        (flat, traffic), (long, less) = done
+        unequal = sum(int((a != b).sum()) for a, b in zip(flat, long, strict=True))
+        most = max(float((a - b).abs().max()) for a, b in zip(flat, long, strict=True))
+        found[name] = [sum(processes.every(unequal)), max(processes.every(most)), traffic, less]
+    return found
+
+
+def one_way(
+    processes: Processes, name: str, model: dict, settings: dict, precision: str
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Return what `ways` compares, of one of them."""
+    mixed_precision = {"mixed_precision": "bf16"} if precision == "mixed" else {}
+    config = make_config(
+        {
+            "model": model, "batch_size": 4, "seq_len": 16, "steps": 3,
+            "optimizer": {"warmup_steps": 0}, "parallel": {**settings, **mixed_precision},
+        }
+    )  # fmt: skip
+    made = build_model(config, vocab_size=64, eos_token_id=0).train()
+    if name == "same experts":  # most processes receive nothing
+        for layer in made.model.layers:
+            layer.mlp.gate.weight.data.zero_()
+    parallel = parallelism(config, processes, torch.device("cpu"))
+    parallel.wrap(made)
+    optimizer = make_optimizer(made, config.optimizer)
+    chance = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(3):
+        ids = parallel.share(torch.randint(0, 64, (4, 17), generator=chance))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+            logits = made(ids, use_cache=False).logits.float()
+        (logits.logsumexp(-1) - logits[..., 0]).mean().backward()
+        found.append(logits.detach())
+        gradients = [p.grad for p in made.parameters() if p.grad is not None]
+        optimizer.step()
+    found += [one.to_local().clone() for one in gradients]
+    return found, parallel.dispatch.report(3)
+
+
 class Signals(NoDisplay):
     """Sends a signal to its own process after a step."""
 
@@ -267,6 +328,7 @@ def failures(tree: dict, processes: Processes) -> list[str]:
         {**tree, "out": "/dev/null/run"},
         {**tree, "out": "not_shared"},  # below the working folder, which differs
         {**tree, "data": {**tree["data"], "cache_dir": "not_shared"}},
+        {**locmoe(tree), "parallel": {**LONG_WAY, "nodes": 1}, "loss": {}},
     ]
     said = []
     with suppress(ElsewhereError):
@@ -332,6 +394,8 @@ def main() -> None:
             ),
             "tensor": lambda names: equality(processes, names.split(","), TENSOR),
             "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
+            "long_way": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], LONG_WAY),
+            "ways": lambda precision: ways(processes, precision),
             "equalised": lambda _: processes.every(equalised(processes)),
             "bf16": lambda _: bf16_traffic(processes),
             "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),

@@ -43,7 +43,7 @@ def results(size: int, module: str, folder: Path, *arguments: str, last_dies: bo
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        codes = json.loads(parent.communicate(timeout=300)[0].splitlines()[-1])
+        codes = json.loads(parent.communicate(timeout=600)[0].splitlines()[-1])
     finally:
         if parent.poll() is None:
             os.killpg(parent.pid, signal.SIGKILL)

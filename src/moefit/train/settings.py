@@ -358,6 +358,9 @@ class ParallelConfig(Strict):
     experts: Literal["data", "all_to_all"] = "data"
     """`data`: experts are sharded like all weights. `all_to_all`: each process has an equal part of
     every layer's experts, and tokens are sent to them; for sparse models."""
+    all_to_all: Literal["flat", "hierarchical"] = "flat"
+    """Way of tokens to experts: `flat`, straight to their processes; `hierarchical`, once to each
+    machine with some of a token's experts, and from there to the processes of that machine."""
     capacity_factor: float | None = Field(default=None, gt=0)
     """With `all_to_all`, the most tokens that a process sends to an expert, in units of an even
     share; what is beyond has no output of the layer. None is no limit."""
@@ -378,6 +381,11 @@ class ParallelConfig(Strict):
                     f"{name}={value:g} has no effect with experts=data; leave it out, or give "
                     "experts=all_to_all"
                 )
+        if self.all_to_all != "flat" and self.experts != "all_to_all":
+            raise ValueError(
+                f"all_to_all={self.all_to_all} has no effect with experts=data; leave it out, or "
+                "give experts=all_to_all"
+            )
         if self.experts == "all_to_all" and self.expert_tensor > 1:
             raise ValueError(
                 f"expert_tensor={self.expert_tensor} and experts=all_to_all both divide the "

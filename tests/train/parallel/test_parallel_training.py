@@ -52,8 +52,8 @@ def pair(shared_folder):
     tree = json.loads((shared_folder / "tree.json").read_text())
     train(make_config({**tree, "out": str(shared_folder / "chain")}), stop)
     return results(
-        2, "parallel_cases", shared_folder, "equality", "spread", "tensor:dsmoe,lopsided",
-        "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
+        2, "parallel_cases", shared_folder, "equality", "spread", "long_way",
+        "tensor:dsmoe,lopsided", "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
         "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
         "mixed_run:mixed", "mixed_run:mixed_parts:3", "mixed_run:mixed_parts",
         "equalised", "bf16", "failures", "killed",
@@ -67,7 +67,7 @@ def one(shared_folder):
     return alone(shared_folder, "one")
 
 
-@pytest.mark.parametrize("case", ["equality", "spread", "tensor:dsmoe,lopsided"])
+@pytest.mark.parametrize("case", ["equality", "spread", "long_way", "tensor:dsmoe,lopsided"])
 def test_two_processes_equal_one(pair, case):
     for name, (numbers, parameters) in pair[case].items():
         assert numbers < 1e-6, name
@@ -163,6 +163,7 @@ def test_errors_are_raised_by_all_and_described_by_process_0(pair):
     assert "parallel.replicate=3 does not divide the 2 processes" in said[2]
     assert "needs a sparse model" in said[3]
     assert "all processes are on one machine" in said[4]
+    assert "parallel.all_to_all=hierarchical has no effect" in said[10]
     assert "diverged at step" in said[5]
     assert "nearest that works is parallel.expert_tensor=1" in said[6]
     assert "cannot write into /dev/null/run: Not a directory" in said[7]

@@ -9,7 +9,7 @@ token and one of its experts), P processes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,54 +24,28 @@ from moefit.errors import ConfigError
 from moefit.moe.experts import ExpertWeights, expert_weights, grouped_experts
 from moefit.moe.locmoe import capacity, least_capacity
 from moefit.moe.routing import Routing, at_least_float32
-from moefit.train.parallel.clock import Clock
+from moefit.train.parallel.exchange import Traffic, Way, Wire, combined, way_of
 
 ALL_TO_ALL = "moefit_all_to_all"
 
 
-@dataclass(slots=True)
-class Traffic:
-    """What this process sent since the last report.
-
-    Attributes:
-        counts: Rows by expert, of each call of a MoE layer.
-        dropped: Rows beyond the capacity.
-        sent: Bytes to other processes, both ways and in both passes.
-        sent_away: Those to other machines.
-    """
-
-    counts: list[Tensor] = field(default_factory=list)
-    dropped: int = 0
-    sent: int = 0
-    sent_away: int = 0
-
-
 @dataclass(slots=True, kw_only=True)
-class Dispatch:
+class Dispatch(Wire):
     """How tokens of one process reach the experts of all.
 
     Attributes:
         mesh: One dimension: all processes.
-        rank: Of this process.
-        own_machine: Per process, whether it is on this machine.
+        hierarchical: Whether tokens go through one process per machine; see `exchange`.
         capacity_factor: c_f of `capacity`; None for no limit.
-        clock: Measures all-to-all.
-        waiting: If given, measures a barrier before each all-to-all, so that `clock` does not
-            contain waiting for others.
         num_experts: E; set by `spread_experts`.
-        counting: Whether traffic is counted: in training.
-        traffic: Since the last report.
+        way: Of tokens; set by `spread_experts`.
     """
 
     mesh: DeviceMesh
-    rank: int
-    own_machine: tuple[bool, ...]
+    hierarchical: bool = False
     capacity_factor: float | None
-    clock: Clock
-    waiting: Clock | None = None
     num_experts: int = 0
-    counting: bool = True
-    traffic: Traffic = field(default_factory=Traffic)
+    way: Way | None = None
 
     @property
     def per_process(self) -> int:
@@ -89,6 +63,7 @@ class Dispatch:
         - `all_to_all_seconds`: mean over processes, per step, both ways and passes.
         - `cross_node_share`: of the tokens sent, those that went to another machine.
         - `all_to_all_bytes`, `cross_node_bytes`: of all processes together, per step.
+        - `cross_node_messages`: of all processes together, per step.
         - `dropped_share`: of the tokens, those beyond the capacity.
         - `idle_experts`: fraction of experts without a token in a micro-batch.
         - `load_cv`: standard deviation of tokens per expert, divided by the mean.
@@ -99,12 +74,14 @@ class Dispatch:
         found, self.traffic = self.traffic, Traffic()
         load_NE = torch.stack(found.counts).double()
         away = load_NE[:, ~self.own_E.to(load_NE.device)].sum()
-        seconds = self.clock.seconds()
-        sums = [seconds, found.dropped, found.sent, found.sent_away, float(away)]
+        sums = [
+            self.clock.seconds(), found.dropped, found.sent, found.sent_away, found.messages_away,
+            float(away),
+        ]  # fmt: skip
         total = torch.tensor(sums, dtype=torch.float64, device=load_NE.device)
         dist.all_reduce(total)
         dist.all_reduce(load_NE)
-        seconds, dropped, sent, sent_away, away = total.tolist()
+        seconds, dropped, sent, sent_away, messages_away, away = total.tolist()
         rows = float(load_NE.sum())
         uneven_N = load_NE.std(dim=1, correction=0) / load_NE.mean(dim=1).clamp_min(1e-9)
         return {
@@ -112,42 +89,11 @@ class Dispatch:
             "cross_node_share": away / max(1.0, rows),
             "all_to_all_bytes": sent / steps,
             "cross_node_bytes": sent_away / steps,
+            "cross_node_messages": messages_away / steps,
             "dropped_share": dropped / max(1.0, rows + dropped),
             "idle_experts": float((load_NE == 0).double().mean()),
             "load_cv": float(uneven_N.mean()),
         }
-
-    def exchange(self, rows_RD: Tensor, sizes: list[int], received: list[int]) -> Tensor:
-        """Send consecutive rows to the processes; return what they send, in their order."""
-        out = rows_RD.new_empty(sum(received), *rows_RD.shape[1:])
-        if not self.counting:
-            dist.all_to_all_single(out, rows_RD.contiguous(), received, sizes)
-            return out
-        if self.waiting is not None:
-            with self.waiting.running():
-                dist.barrier()
-        with self.clock.running():
-            dist.all_to_all_single(out, rows_RD.contiguous(), received, sizes)
-        width = rows_RD.shape[1:].numel() * rows_RD.element_size()
-        others = [size for process, size in enumerate(sizes) if process != self.rank]
-        away = [s for s, own in zip(sizes, self.own_machine, strict=True) if not own]
-        self.traffic.sent += width * sum(others)
-        self.traffic.sent_away += width * sum(away)
-        return out
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, dispatch: Dispatch, sizes: list[int], received: list[int]
-    ) -> Tensor:
-        ctx.ways = dispatch, received, sizes
-        return dispatch.exchange(rows_RD, sizes, received)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        dispatch, sizes, received = ctx.ways
-        return dispatch.exchange(gradients[0], sizes, received), None, None, None
 
 
 def spread_experts(model: PreTrainedModel, dispatch: Dispatch) -> set[nn.Parameter]:
@@ -163,6 +109,7 @@ def spread_experts(model: PreTrainedModel, dispatch: Dispatch) -> set[nn.Paramet
     ExpertsInterface.register(ALL_TO_ALL, all_to_all_experts)
     parameters: set[nn.Parameter] = set()
     dispatch.num_experts = int(model.config.num_experts)
+    dispatch.way = way_of(dispatch, dispatch.mesh.get_group(), hierarchical=dispatch.hierarchical)
     first = dispatch.rank * dispatch.per_process
     for module in _expert_modules(model):
         for name, whole in list(module.named_parameters(recurse=False)):
@@ -234,34 +181,24 @@ def all_to_all_experts(
         y_TD, 0 for tokens beyond the capacity of their experts.
     """
     dispatch: Dispatch = experts.dispatch
+    assert dispatch.way is not None
     ids_R, weights_R = top_k_index.flatten(), top_k_weights.flatten()
     order_R = _sent(ids_R, dispatch, limited=experts.training)
-    token_R = order_R // top_k_index.shape[1]
-    counts_E = torch.bincount(ids_R[order_R], minlength=dispatch.num_experts)
     dispatch.counting = experts.training
     if dispatch.counting:
+        counts_E = torch.bincount(ids_R[order_R], minlength=dispatch.num_experts)
         dispatch.traffic.counts.append(counts_E)
         dispatch.traffic.dropped += len(ids_R) - len(order_R)
-    processes = len(dispatch.own_machine)
-    equal = [dispatch.per_process] * processes
-    received_E = dispatch.exchange(counts_E, equal, equal)  # by process, then by own expert
-    sizes = counts_E.view(processes, -1).sum(1).tolist()
-    received = received_E.view(processes, -1).sum(1).tolist()
-    # Experts round to the dtype of autocast anyway; cast before, rows and gradients travel in it.
-    sent_RD = hidden_states[token_R].to(_matmul_dtype(hidden_states))
-    rows_RD = _AllToAll.apply(sent_RD, dispatch, sizes, received)
-    y_RD = _own_experts(experts, rows_RD, received_E, processes)
-    back_RD = _AllToAll.apply(y_RD, dispatch, received, sizes)
-    weight_R1 = at_least_float32(weights_R[order_R].unsqueeze(1))
-    weighted_RD = at_least_float32(back_RD) * weight_R1
-    return torch.zeros_like(hidden_states).index_add(
-        0, token_R, weighted_RD.to(hidden_states.dtype)
+    return combined(
+        hidden_states,
+        ids_R[order_R],
+        order_R // top_k_index.shape[1],
+        at_least_float32(weights_R[order_R].unsqueeze(1)),
+        num_experts=dispatch.num_experts,
+        way=dispatch.way,
+        wire=dispatch,
+        compute=lambda rows_RD, own_R: _own_experts(experts, rows_RD, own_R, dispatch),
     )
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _sent(ids_R: Tensor, dispatch: Dispatch, *, limited: bool) -> Tensor:
@@ -278,11 +215,11 @@ def _sent(ids_R: Tensor, dispatch: Dispatch, *, limited: bool) -> Tensor:
     return order_R[kept_R]
 
 
-def _own_experts(experts: Any, rows_RD: Tensor, received_E: Tensor, processes: int) -> Tensor:
+def _own_experts(experts: Any, rows_RD: Tensor, own_R: Tensor, dispatch: Dispatch) -> Tensor:
     """Compute this process's experts for the rows of all processes."""
-    own = torch.arange(len(received_E) // processes, device=rows_RD.device)
-    ids_R1 = own.repeat(processes).repeat_interleave(received_E).unsqueeze(1)
+    ids_R1 = own_R.unsqueeze(1)
     ones_R1 = torch.ones_like(ids_R1, dtype=rows_RD.dtype)
+    processes = len(dispatch.own_machine)
     weights = _local_weights(expert_weights(experts), processes, rows_RD.dtype)
     if not len(rows_RD):
         # Its backward pass must exchange gradients too, or others would wait for it.

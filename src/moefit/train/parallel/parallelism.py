@@ -276,6 +276,7 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
             mesh=data,
             rank=processes.rank,
             own_machine=own_machine(config, processes),
+            hierarchical=settings.all_to_all == "hierarchical",
             capacity_factor=settings.capacity_factor,
             clock=Clock(device),
         )
@@ -341,6 +342,11 @@ def _check_sizes(config: TrainConfig, processes: Processes) -> None:
             f"parallel.expert_tensor={settings.expert_tensor} makes processes of several machines "
             "share tokens, but with data.shard_by=source each machine has its own text; give a "
             f"divisor of its {size // nodes} processes, or data.shard_by=none"
+        )
+    if settings.all_to_all == "hierarchical" and nodes == 1:
+        raise ConfigError(
+            "parallel.all_to_all=hierarchical has no effect, because all processes are on one "
+            "machine; give all_to_all=flat, or parallel.nodes=2 to treat them as two"
         )
     if settings.replicate > 1 and settings.experts == "all_to_all":
         raise ConfigError(

@@ -1,0 +1,51 @@
+"""Two ways of tokens to their experts, on two machines of two processes each."""
+
+import pytest
+from processes import results
+
+
+@pytest.fixture(scope="module")
+def four(shared_folder):
+    """What four processes find."""
+    cases = ("ways:fp32", "ways:autocast", "ways:mixed", "long_way")
+    return results(4, "parallel_cases", shared_folder, *cases)
+
+
+@pytest.mark.slow
+def test_both_ways_give_the_same_bits(four):
+    """Logits of three steps, and gradients: sums are in the same order."""
+    for name, (unequal, difference, *_) in four["ways:fp32"].items():
+        assert unequal == 0, (name, difference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["autocast", "mixed"])
+def test_in_16_bits_the_ways_differ_by_rounding_only(four, precision):
+    """Numbers are below 4 in magnitude, and each sum that travels is rounded to 8 bits."""
+    for name, (_, difference, *_) in four[f"ways:{precision}"].items():
+        assert difference < 0.05, name
+
+
+@pytest.mark.slow
+def test_the_long_way_equals_one_process(four):
+    for name, (numbers, parameters) in four["long_way"].items():
+        assert numbers < 1e-6, name
+        assert parameters < 1e-9, name
+
+
+@pytest.mark.slow
+def test_a_machine_gets_one_copy_of_a_token_from_one_process(four):
+    for name, (_, _, flat, long) in four["ways:fp32"].items():
+        assert flat["cross_node_share"] == long["cross_node_share"], name
+        assert flat["dropped_share"] == long["dropped_share"], name
+    _, _, flat, long = four["ways:fp32"]["top 4"]
+    # Per layer and step, 4 processes send to 2 or to 1 of the other machine: counts, rows there
+    # and back, and gradients; the long way sends weights and places of rows too.
+    assert flat["cross_node_messages"] == 2 * 4 * 2 * 5
+    assert long["cross_node_messages"] == 2 * 4 * 1 * 8
+    assert flat["dropped_share"] > 0
+    # 16 (+ 1) tokens of 4 sequences, 2 layers: about 2 of 4 rows leave, or 1 copy of each token.
+    values = 4 * 17 * 2 * 32 * 4 * 4
+    assert flat["cross_node_bytes"] / values == pytest.approx(2, rel=0.1)
+    assert long["cross_node_bytes"] / values == pytest.approx(1, rel=0.1)
+    assert long["all_to_all_bytes"] > flat["all_to_all_bytes"]  # what is saved between machines
