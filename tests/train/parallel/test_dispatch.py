@@ -4,29 +4,29 @@ import torch
 from moefit.errors import ConfigError
 from moefit.train.config import make_config
 from moefit.train.parallel.clock import Clock
-from moefit.train.parallel.dispatch import Dispatch, _sent, capacity_line, check_spreadable
+from moefit.train.parallel.dispatch import Dispatch, capacity_line, check_spreadable
+from moefit.train.parallel.exchange import sent_rows
 from moefit.train.parallel.expert_tensor import check_divisible
 from moefit.train.parallel.processes import joined_processes
 
 
-def dispatch(factor):
-    return Dispatch(
+def test_tokens_beyond_the_capacity_are_dropped_in_order():
+    ids_R = torch.tensor([2, 0, 2, 2, 4, 1, 2, 0])  # 4 is padding
+    everything = sent_rows(ids_R, 4, None)
+    assert everything.tolist() == [1, 7, 5, 0, 2, 3, 6]
+    assert sent_rows(ids_R, 4, 1.0).tolist() == [1, 7, 5, 0, 2]
+
+
+def test_experts_of_this_machine():
+    dispatch = Dispatch(
         mesh=None,
         rank=0,
         own_machine=(True, False),
-        capacity_factor=factor,
+        capacity_factor=None,
         clock=Clock(torch.device("cpu")),
         num_experts=4,
     )
-
-
-def test_tokens_beyond_the_capacity_are_dropped_in_order():
-    ids_R = torch.tensor([2, 0, 2, 2, 4, 1, 2, 0])  # 4 is padding
-    everything = _sent(ids_R, dispatch(None), limited=True)
-    assert everything.tolist() == [1, 7, 5, 0, 2, 3, 6]
-    assert _sent(ids_R, dispatch(1.0), limited=True).tolist() == [1, 7, 5, 0, 2]
-    assert _sent(ids_R, dispatch(1.0), limited=False).tolist() == everything.tolist()
-    assert dispatch(None).own_E.tolist() == [True, True, False, False]
+    assert dispatch.own_E.tolist() == [True, True, False, False]
 
 
 def test_models_that_cannot_be_spread_raise():

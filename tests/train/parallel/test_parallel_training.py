@@ -53,7 +53,8 @@ def pair(shared_folder):
     train(make_config({**tree, "out": str(shared_folder / "chain")}), stop)
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread", "long_way",
-        "tensor:dsmoe,lopsided", "run:two", "run:again:5", "run:again", "tensor_run:chain:4", "run:chain:6", "locmoe:loc",
+        "tensor:dsmoe,lopsided", "run:two", "run:again:5", "run:again", "tensor_run:chain:4",
+        "run:chain:6", "locmoe:loc",
         "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
         "mixed_run:mixed", "mixed_run:mixed_parts:3", "mixed_run:mixed_parts",
         "equalised", "bf16", "failures", "killed",

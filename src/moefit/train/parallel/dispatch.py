@@ -24,7 +24,7 @@ from moefit.errors import ConfigError
 from moefit.moe.experts import ExpertWeights, expert_weights, grouped_experts
 from moefit.moe.locmoe import capacity, least_capacity
 from moefit.moe.routing import Routing, at_least_float32
-from moefit.train.parallel.exchange import Traffic, Way, Wire, combined, way_of
+from moefit.train.parallel.exchange import Traffic, Way, Wire, combined, sent_rows, way_of
 
 ALL_TO_ALL = "moefit_all_to_all"
 
@@ -183,7 +183,8 @@ def all_to_all_experts(
     dispatch: Dispatch = experts.dispatch
     assert dispatch.way is not None
     ids_R, weights_R = top_k_index.flatten(), top_k_weights.flatten()
-    order_R = _sent(ids_R, dispatch, limited=experts.training)
+    factor = dispatch.capacity_factor if experts.training else None
+    order_R = sent_rows(ids_R, dispatch.num_experts, factor)
     dispatch.counting = experts.training
     if dispatch.counting:
         counts_E = torch.bincount(ids_R[order_R], minlength=dispatch.num_experts)
@@ -199,20 +200,6 @@ def all_to_all_experts(
         wire=dispatch,
         compute=lambda rows_RD, own_R: _own_experts(experts, rows_RD, own_R, dispatch),
     )
-
-
-def _sent(ids_R: Tensor, dispatch: Dispatch, *, limited: bool) -> Tensor:
-    """Return the rows that are sent, in the order of experts: the first ones, up to capacity."""
-    num_experts = dispatch.num_experts
-    order_R = ids_R.argsort(stable=True)
-    sorted_R = ids_R[order_R]
-    kept_R = sorted_R < num_experts  # the id E is padding
-    if limited and dispatch.capacity_factor is not None:
-        counts_E = torch.bincount(sorted_R, minlength=num_experts + 1)
-        first_E = counts_E.cumsum(0) - counts_E
-        place_R = torch.arange(len(sorted_R), device=sorted_R.device) - first_E[sorted_R]
-        kept_R &= place_R < capacity(len(ids_R), num_experts, dispatch.capacity_factor)
-    return order_R[kept_R]
 
 
 def _own_experts(experts: Any, rows_RD: Tensor, own_R: Tensor, dispatch: Dispatch) -> Tensor:

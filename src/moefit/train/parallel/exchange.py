@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moefit.moe.locmoe import capacity
 from moefit.moe.routing import at_least_float32
 from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.processes import TIMEOUT_SECONDS
@@ -290,6 +291,25 @@ def way_of(wire: Wire, everyone: dist.ProcessGroup, *, hierarchical: bool) -> Wa
         counterparts=group(range(number, len(wire.own_machine), wire.per_machine)),
         machine=group(range(machine * wire.per_machine, (machine + 1) * wire.per_machine)),
     )
+
+
+def sent_rows(ids_R: Tensor, num_experts: int, factor: float | None) -> Tensor:
+    """Return the rows that are sent, in the order of experts: the first ones, up to capacity.
+
+    Args:
+        ids_R: Experts; the id E is padding, which is not sent.
+        num_experts: E.
+        factor: c_f of `capacity`; None for no limit.
+    """
+    order_R = ids_R.argsort(stable=True)
+    sorted_R = ids_R[order_R]
+    kept_R = sorted_R < num_experts
+    if factor is not None:
+        counts_E = torch.bincount(sorted_R, minlength=num_experts + 1)
+        first_E = counts_E.cumsum(0) - counts_E
+        place_R = torch.arange(len(sorted_R), device=sorted_R.device) - first_E[sorted_R]
+        kept_R &= place_R < capacity(len(ids_R), num_experts, factor)
+    return order_R[kept_R]
 
 
 def combined(  # noqa: PLR0913 - a MoE layer, and how it is spread
