@@ -12,7 +12,7 @@ one of its experts).
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -129,7 +129,7 @@ class TokensTravel(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts, self.wire, self.way = experts, wire, way
         self.capacity_factor = capacity_factor
-        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.num_experts = cast(int, self.num_local_experts) * ep_mesh.size()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sums of the outputs of tokens' experts.
