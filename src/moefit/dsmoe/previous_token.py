@@ -121,10 +121,19 @@ class PreviousToken:
             before_BTE = self.requests.logits_before(block, logits_BTE)
         elif self.layers:
             all_BNE = self.layers[block].append(logits_BTE)
-            before_BTE = all_BNE.roll(1, dims=1)[:, -logits_BTE.shape[1] :]
+            before_BTE = _before_last(all_BNE, logits_BTE.shape[1])
         else:
-            before_BTE = logits_BTE.roll(1, dims=1)
-        return torch.where(self.follows_BT[..., None], before_BTE, logits_BTE)
+            before_BTE = _before_last(logits_BTE, logits_BTE.shape[1])
+        follows_BT1 = self.follows_BT[..., None].to(logits_BTE.device)  # layers may be on several
+        return torch.where(follows_BT1, before_BTE, logits_BTE)
+
+
+def _before_last(all_BNE: Tensor, last: int) -> Tensor:
+    """Return the logits before each of the last tokens; those before the first are arbitrary."""
+    start = all_BNE.shape[1] - last
+    if start:
+        return all_BNE[:, start - 1 : -1]  # a view: copying all of a long text would take longer
+    return all_BNE.roll(1, dims=1)
 
 
 def logits_of_last(cache: Any, block: int, blocks: int) -> Tensor | None:

@@ -14,6 +14,7 @@ from moefit.errors import UnsupportedModelError
 from moefit.evaluate.prediction import measure_prediction
 from moefit.moe.routing import Routing
 from moefit.serve.config import LoadSettings
+from moefit.serve.hf.kv_cache import ReservedLayer
 from moefit.serve.load import load_model
 from moefit.serve.prediction.previous_token import StepReader
 
@@ -166,6 +167,41 @@ def test_report_says_what_is_known(folder) -> None:
         assert len(served.model._forward_pre_hooks) == hooks
     with load_model(folder, LoadSettings(precision="auto", memory="4GiB")) as served:
         assert "precision auto" in served.prefetching.obstacle
+
+
+@torch.inference_mode()
+def test_logits_are_appended_in_place(folder) -> None:
+    """Copying those of a long text in every step takes time, and memory beyond the budget."""
+    model, text_BT = model_of(), tokens(2, 14)
+    with load_model(folder, LoadSettings(context=64)) as served:
+        give_slots(served, 3)
+        _, cache = forward_with_cache(served.model, None, input_ids=text_BT[:, :8])
+        places = list[int]()
+
+        def add(start: int, stop: int) -> Tensor:
+            nonlocal cache
+            output, cache = forward_with_cache(
+                served.model, cache, input_ids=text_BT[:, start:stop]
+            )
+            places.append(cache.layers[LAYERS + 1].keys.data_ptr())
+            return output.logits
+
+        def whole(start: int, stop: int) -> Tensor:
+            return model(text_BT[:, :stop], use_cache=False).logits[:, start:]
+
+        for start, stop in ((8, 9), (9, 10), (10, 13)):
+            assert differs_by(add(start, stop), whole(start, stop)) < 1e-5
+        assert len(set(places)) == 1
+        assert all(isinstance(one, ReservedLayer) for one in cache.layers)
+        cache.crop(-3)
+        text_BT = torch.cat([text_BT[:, :10], tokens(2, 5, seed=3)], dim=1)
+        assert differs_by(add(10, 12), whole(10, 12)) < 1e-5
+        assert len(set(places)) == 1
+        cache.reorder_cache(torch.tensor([1, 0]))
+        text_BT = text_BT.flip(0)
+        for start, stop in ((12, 13), (13, 14)):
+            assert differs_by(add(start, stop), whole(start, stop)) < 1e-5
+        assert places[-1] == places[-2] != places[0]
 
 
 def test_int8_caches_are_refused(folder) -> None:

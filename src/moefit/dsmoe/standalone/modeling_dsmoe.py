@@ -180,12 +180,13 @@ class PreviousToken:
         """Return the change of the logits [B, T, E] of a block's router."""
 
         def shift(own_BTE):
-            if self.cache is None:
-                before_BTE = own_BTE.roll(1, dims=1)
-            else:
+            all_BNE, new = own_BTE, own_BTE.shape[1]
+            if self.cache is not None:
                 all_BNE = self.cache.layers[self.blocks + block].append(own_BTE)
-                before_BTE = all_BNE.roll(1, dims=1)[:, -own_BTE.shape[1] :]
-            return torch.where(self.follows_BT[..., None], before_BTE, own_BTE)
+            past = all_BNE.shape[1] - new
+            before_BTE = all_BNE[:, past - 1 : -1] if past else own_BTE.roll(1, dims=1)
+            follows_BT1 = self.follows_BT[..., None].to(own_BTE.device)
+            return torch.where(follows_BT1, before_BTE, own_BTE)
 
         return shift
 

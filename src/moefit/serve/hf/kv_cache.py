@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 
 from moefit.cache_argument import forward_with_cache, given_cache, with_cache
 from moefit.dsmoe.config import PREVIOUS_TOKEN
+from moefit.dsmoe.previous_token import RouterLogits
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
 from moefit.quant.kv_int8 import Int8Rows, part_of, write_rows
 from moefit.serve.hf.attention import INT8_NAME
@@ -195,6 +196,10 @@ def _is_start(past_BHND: Tensor, buffer: Tensor) -> bool:
     )
 
 
+class ReservedLogits(ReservedLayer, RouterLogits):
+    """Router logits of one block, stored likewise."""
+
+
 class Int8Layer(ReservedLayer):
     """Keys and values of one layer as `Int8Rows`, each rounded when it is appended.
 
@@ -261,10 +266,11 @@ def reserve_caches(
 ) -> RemovableHandle:
     """Replace the layers of every cache passed to the model by `ReservedLayer` or `Int8Layer`.
 
-    Only layers that are exactly `DynamicLayer` are replaced. Of layers with a sliding window, empty
-    ones are, if all of a cache's are of transformers' plain class: by `Int8Layer`, or by
-    `ReservedLayer` where memory for `limit` tokens in every layer is reserved anyway and masks
-    contain the window (`INT8_NAME`). All keys are kept then. Other subclasses store other states.
+    Only layers that are exactly `DynamicLayer` are replaced, and `RouterLogits`, which are never
+    int8. Of layers with a sliding window, empty ones are, if all of a cache's are of transformers'
+    plain class: by `Int8Layer`, or by `ReservedLayer` where memory for `limit` tokens in every
+    layer is reserved anyway and masks contain the window (`INT8_NAME`). All keys are kept then.
+    Other subclasses store other states.
 
     Args:
         model: The model.
@@ -331,6 +337,8 @@ def _without_window(layer: Any) -> Any:
 
 
 def _as_reserved(layer: Any, limit: Callable[[], int | None]) -> Any:
+    if type(layer) is RouterLogits:
+        return ReservedLogits(limit, layer)
     return ReservedLayer(limit, layer) if type(layer) is DynamicLayer else layer
 
 
