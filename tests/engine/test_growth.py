@@ -122,9 +122,15 @@ def test_running_requests_are_as_before_when_it_grows(folder, dtype) -> None:
         assert engine.stats().kv_tokens > LONG
 
 
-@pytest.mark.parametrize("family", ["DeepseekV3", "GptOss"])
-def test_other_forms_of_keys(family, tmp_path) -> None:
-    folder = saved(tiny(family, max_position_embeddings=512), tmp_path)
+LATENTS = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("DeepseekV3", {}), ("DeepseekV3", LATENTS), ("GptOss", {})]
+)
+def test_other_forms_of_keys(family, sizes, tmp_path) -> None:
+    """Latents are expanded at each step, or by their widths attended to as they are."""
+    folder = saved(tiny(family, max_position_embeddings=512, **sizes), tmp_path)
     (known,) = expected_of(folder, 512)
     (grown,) = expected_of(folder, 64)
     assert grown == known

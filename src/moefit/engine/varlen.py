@@ -30,6 +30,7 @@ from moefit.serve.hf.attention import (
     torch_attention,
     window_mask,
 )
+from moefit.serve.hf.latent import LatentRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,9 +236,14 @@ def varlen_attention(  # noqa: PLR0913 - transformers' signature
         raise UnpackableError("its attention receives no segments")
     window = _checked_window(attention_mask, sliding_window, others)
     refuse_lost_scales(key, value)
-    segments.storages.add(key.untyped_storage().data_ptr())
     options = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
     rows_THC = query[0].transpose(0, 1) if query.shape[0] == 1 else query[:, :, 0]
+    if isinstance(key, LatentRows):
+        segments.storages |= key.storages()
+        places = [(0, one.start, one.past, one.new) for one in segments.rows]
+        out_THV = key.attend(rows_THC, places, options)
+        return (out_THV[None] if query.shape[0] == 1 else out_THV[:, None]), None
+    segments.storages.add(key.untyped_storage().data_ptr())
     key_GPC, value_GPC = part_of(key, 0), part_of(value, 0)
     if (out_THZ := _kernel_attention(rows_THC, key_GPC, value_GPC, segments, options)) is not None:
         return (out_THZ[None] if query.shape[0] == 1 else out_THZ[:, None]), None

@@ -134,7 +134,8 @@ def attend(
     Args:
         kernels: The compiled library.
         query_THC: Queries of all segments, one segment after the other.
-        segments: Requests with T query tokens in total and equal strides; `can_attend` must hold.
+        segments: Requests with T query tokens in total and equal strides; `can_attend` must hold,
+            but queries may be in float32 for a cache in another dtype.
         options: Variant of attention.
 
     Returns:
@@ -146,9 +147,10 @@ def attend(
     assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
     sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
     kind = NATIVE_DTYPES[query_THC.dtype]
+    rounded = isinstance(first.keys_GLC, Int8Rows)
     struct = AttentionStruct(
         heads, groups, width, value_width, kind,
-        _INT8 if isinstance(first.keys_GLC, Int8Rows) else kind,
+        _INT8 if rounded else NATIVE_DTYPES[first.keys_GLC.dtype],
         *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
         _scale_stride(first.keys_GLC), _scale_stride(first.values_GLZ),
         options.window or 0, width**-0.5 if options.scale is None else options.scale,

@@ -28,7 +28,7 @@ Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
 ELEMENTWISE = ("silu", "sigmoid")
-VERSION = 21  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 22  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
@@ -160,6 +160,10 @@ class Kernels:
         library.moefit_elementwise.argtypes = [
             c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
         ]  # fmt: skip
+        library.moefit_latent_queries.argtypes = [
+            c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
+        ]  # fmt: skip
+        library.moefit_latent_values.argtypes = library.moefit_latent_queries.argtypes
         library.moefit_add_shared.argtypes = [
             c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
         ]  # fmt: skip
@@ -433,6 +437,26 @@ class Kernels:
         self._library.moefit_add_shared(
             self._level, address, x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype], y_TD.data_ptr()
         )
+
+    def latent_queries(self, heads: Any, query_THC: Tensor, width: int) -> Tensor:
+        """Return queries for latents, float32 [T, H, width]; called by `quant.latent`."""
+        assert query_THC.is_contiguous()
+        y_THC = torch.empty(*query_THC.shape[:2], width, dtype=torch.float32)
+        self._library.moefit_latent_queries(
+            self._level, byref(heads), query_THC.data_ptr(), _KINDS[query_THC.dtype],
+            len(query_THC), y_THC.data_ptr(),
+        )  # fmt: skip
+        return y_THC
+
+    def latent_values(self, heads: Any, x_THC: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """Return values of summed latents, [T, H, width]; called by `quant.latent`."""
+        assert x_THC.is_contiguous() and x_THC.dtype == torch.float32
+        y_THV = torch.empty(*x_THC.shape[:2], width, dtype=dtype)
+        self._library.moefit_latent_values(
+            self._level, byref(heads), x_THC.data_ptr(), _KINDS[dtype], len(x_THC),
+            y_THV.data_ptr(),
+        )  # fmt: skip
+        return y_THV
 
     def keep_torch_on_one_thread(self, begin: bool) -> None:
         """Keep operations of torch that this thread calls on it until the next call with False."""

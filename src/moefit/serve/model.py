@@ -15,14 +15,22 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.moe.expert_dropout import dropout_record
+from moefit.quant.cpu_kernels import ACTIVATION_DTYPES
 from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.swaps import StepWatcher
 from moefit.serve.config import BlockPlacement, LoadSettings, Mode, Placement, Policy
 from moefit.serve.hf.activations import use_activation_kernels
-from moefit.serve.hf.attention import use_kernels
+from moefit.serve.hf.attention import (
+    INT8_NAME,
+    LATENT_NAMES,
+    NAME,
+    register_int8_attention,
+    use_kernels,
+)
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
+from moefit.serve.hf.latent import use_latent_kernels
 from moefit.serve.hf.native_linear import use_linear_kernels
 from moefit.serve.hf.norms import use_norm_kernels
 from moefit.serve.hf.rotary import use_rotary_kernels
@@ -71,6 +79,7 @@ class ServedModel:
         self._undo_kernels = (
             use_kernels(self.model, int8=parts.int8_cache),
             use_linear_kernels(self.model),
+            self._use_latent_kernels(),
             use_norm_kernels(self.model, self.model.dtype),
             use_rotary_kernels(self.model, self.model.dtype),
             use_activation_kernels(self.model, self.model.dtype),
@@ -79,6 +88,15 @@ class ServedModel:
         with self.zero_experts():
             undo = use_layer_kernels(self.model, self.model.dtype, self._context())
         self._undo_kernels = (undo, *self._undo_kernels)
+
+    def _use_latent_kernels(self) -> Callable[[], None]:
+        """Attend to cached latents where kernels attend; return a function that undoes it."""
+        dtype = self.model.dtype
+        if self.model.config._attn_implementation != NAME or dtype not in ACTIVATION_DTYPES:
+            return lambda: None
+        register_int8_attention()
+        with self.zero_experts():
+            return use_latent_kernels(self.model, dtype, INT8_NAME, LATENT_NAMES)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

@@ -23,6 +23,11 @@ from moefit.serve.load import load_model
 pytestmark = compiled
 PROMPT = text(210)
 WIDER = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+LATENTS = {
+    "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 32,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,13 @@ def folder(tmp_path_factory):
     return saved(tiny("Olmoe", **WIDER), tmp_path_factory.mktemp("olmoe"))
 
 
-@pytest.fixture(scope="module", params=["model", "int8"])
-def served(folder, request):
-    settings = LoadSettings(context=512, dtype=torch.bfloat16, kv_cache=request.param)
+@pytest.fixture(scope="module", params=["model", "int8", "latents"])
+def served(folder, request, tmp_path_factory):
+    kv_cache = request.param
+    if kv_cache == "latents":
+        model, kv_cache = tiny("DeepseekV3", **LATENTS), "model"
+        folder = saved(model, tmp_path_factory.mktemp("deepseek"))
+    settings = LoadSettings(context=512, dtype=torch.bfloat16, kv_cache=kv_cache)
     with load_model(folder, settings) as served:
         served.model.generation_config.eos_token_id = None
         yield served

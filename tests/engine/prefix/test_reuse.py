@@ -27,6 +27,7 @@ WIDER: dict[str, dict[str, int]] = {  # as in test_invariance
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 16,
         "v_head_dim": 16,
+        "kv_lora_rank": 32,
     },
 }
 

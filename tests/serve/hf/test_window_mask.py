@@ -13,6 +13,7 @@ from moefit.serve.hf.attention import (
     INT8_NAME,
     UnpackableError,
     WindowMask,
+    int8_attention,
     use_kernels,
     window_mask,
 )
@@ -49,6 +50,24 @@ def test_derived_masks_are_not_parsed() -> None:
     assert mask.window == 5
     for other in (mask[..., :1], mask & mask, mask.clone()):
         assert not hasattr(other, "window")
+
+
+def test_attention_refuses_masks_that_a_family_changed() -> None:
+    mask, query = WindowMask.of(None, torch.device("cpu")), torch.randn(1, 2, 3, 16)
+    own = int8_attention(torch.nn.Identity(), query, query, query, mask)[0]
+    assert own.shape == (1, 3, 2, 16)
+    with pytest.raises(UnpackableError, match="changes its attention mask"):
+        int8_attention(torch.nn.Identity(), query, query, query, mask & mask)
+
+
+def test_attention_over_a_window_has_gradients() -> None:
+    mask, query = WindowMask.of(None, torch.device("cpu")), torch.randn(1, 2, 3, 16)
+    wanted = int8_attention(torch.nn.Identity(), query, query, query, mask)[0]
+    given = query.clone().requires_grad_()
+    made = int8_attention(torch.nn.Identity(), given, query, query, mask)[0]
+    torch.testing.assert_close(made, wanted)
+    made.sum().backward()
+    assert given.grad is not None and given.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("family", "changed"), [("gpt_oss", True), ("deepseek_v4", False)])

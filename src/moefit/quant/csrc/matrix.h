@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "levels/latent.h"
 #include "levels/rows.h"
 #include "scaled/k_quants.h"
 #include "scaled/kinds.h"
@@ -170,6 +171,9 @@ struct Level {
     void (*rotate)(const Rotary &, const void *cos, const void *sin, const void *x, void *y);
     // gate = silu(gate) * up, or without up if it is null; rounded where torch would round in a bfloat16 model.
     void (*silu)(float *gate, const float *up, int64_t number, bool bfloat16);
+    // y[t] += the rows, each times an element of x[t]; y[t][r] = the row r . x[t] (levels/latent.h).
+    void (*add_rows)(const RowProduct &);
+    void (*dot_rows)(const RowProduct &);
     // Whether products of two bfloat16 read Input::bfloat16 and not Input::x.
     bool reads_bfloat16 = false;
 };

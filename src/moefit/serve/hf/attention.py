@@ -34,8 +34,11 @@ from moefit.quant.attention import (
 )
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of
+from moefit.serve.hf.latent import LatentRows
 
 NAME, INT8_NAME = "moefit_cpu", "moefit_int8"
+LATENT_NAMES = INT8_NAME, "moefit_packed"
+"""Attention implementations that know `LatentRows`; the second is of `engine/varlen.py`."""
 _IGNORED_ARGUMENTS = {
     "position_ids",
     "cache_position",
@@ -158,7 +161,7 @@ def int8_attention(  # noqa: PLR0913 - transformers' signature
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to an int8 cache, or to the keys of a pass without a cache.
+    """Attend to an int8 cache, to cached latents, or to the keys of a pass without a cache.
 
     Computed by kernels where a window describes the mask, else by torch with dequantised keys and
     values.
@@ -187,10 +190,17 @@ def int8_attention(  # noqa: PLR0913 - transformers' signature
     new, length = query.shape[2], key.shape[2]
     if attention_mask is None and (new == 1 or (causal and new == length)):
         attention_mask = WindowMask.of(None, query.device)
-    window = getattr(attention_mask, "window", None)
+    window = _window_of(attention_mask)
     options = AttentionOptions(scale=scaling, window=window, softcap=softcap, sinks_H=s_aux)
+    if isinstance(key, LatentRows):
+        if isinstance(attention_mask, WindowMask):
+            places = [(b, 0, length - new, new) for b in range(len(query))]
+            out_THV = key.attend(query.transpose(1, 2).flatten(0, 1), places, options)
+            return out_THV.view(len(query), new, *out_THV.shape[1:]), None
+        key, value = key.expanded()
     if isinstance(attention_mask, WindowMask):
-        if (out := _by_kernels(query, key, value, options)) is not None:
+        gradients = torch.is_grad_enabled() and query.requires_grad
+        if not gradients and (out := _by_kernels(query, key, value, options)) is not None:
             return out, None
         attention_mask = additive_mask(length - new, new, window, query)[None, None]
     return _by_torch(query, key, value, attention_mask, options), None
@@ -225,6 +235,13 @@ class WindowMask(Tensor):
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(cls)
         mask.window = window
         return mask
+
+
+def _window_of(mask: Tensor | None) -> int | None:
+    """Return the window of a mask, or None. Raises UnpackableError for a mask that was changed."""
+    if isinstance(mask, WindowMask) and not hasattr(mask, "window"):
+        raise UnpackableError("it changes its attention mask")
+    return getattr(mask, "window", None)
 
 
 def window_mask(
@@ -374,8 +391,7 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
     before = model.config._attn_implementation
     by_kernels = model.device.type == "cpu" and attention_by_kernels(model)
     if int8 or (by_kernels and before != "sdpa"):  # the function for int8 knows sinks and windows
-        AttentionInterface.register(INT8_NAME, int8_attention)
-        AttentionMaskInterface.register(INT8_NAME, window_or_full_mask)
+        register_int8_attention()
         model.config._attn_implementation = INT8_NAME
     elif by_kernels:
         AttentionInterface.register(NAME, cpu_attention)
@@ -386,6 +402,12 @@ def use_kernels(model: PreTrainedModel, *, int8: bool = False) -> Callable[[], N
         model.config._attn_implementation = before
 
     return undo
+
+
+def register_int8_attention() -> None:
+    """Register `moefit_int8` with transformers; repeated calls are harmless."""
+    AttentionInterface.register(INT8_NAME, int8_attention)
+    AttentionMaskInterface.register(INT8_NAME, window_or_full_mask)
 
 
 def attention_by_kernels(model: PreTrainedModel) -> bool:

@@ -52,6 +52,7 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 
 #include "attention.inc"
 #include "rows.inc"
+#include "latent.inc"
 
 // 8 weights of a row from a column on, zero past `left`.
 template <int64_t KIND>
@@ -122,5 +123,6 @@ static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packe
 TARGET_END
 
 const Level AVX2 = {avx2::any_dot, avx2::token_bytes, avx2::pack, avx2::any_decode, avx2::narrow, avx2::narrow,
-    avx2::widen, avx2::integers, avx2::any_attend, avx2::any_quantize, avx2::any_norm, avx2::any_rotate, avx2::any_silu};
+    avx2::widen, avx2::integers, avx2::any_attend, avx2::any_quantize, avx2::any_norm, avx2::any_rotate, avx2::any_silu,
+    avx2::any_add_rows, avx2::any_dot_rows};
 #endif

@@ -174,6 +174,7 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 
 #include "attention.inc"
 #include "rows.inc"
+#include "latent.inc"
 
 template <int64_t KIND>
 static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t row, int64_t column, int64_t left) {
@@ -226,5 +227,6 @@ static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *p
 TARGET_END
 
 const Level AVX512 = {avx512::any_dot, avx512::any_token_bytes, avx512::any_pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
-    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate, avx512::any_silu};
+    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate, avx512::any_silu,
+    avx512::any_add_rows, avx512::any_dot_rows};
 #endif

@@ -77,6 +77,7 @@ static inline V reduced(V *a) {
 
 #include "attention.inc"
 #include "rows.inc"
+#include "latent.inc"
 
 typedef uint8_t VB __attribute__((vector_size(64)));
 typedef int32_t RI __attribute__((vector_size(64)));
@@ -120,4 +121,5 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 
 const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::narrow, plain::narrow,
-    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate, plain::any_silu};
+    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate, plain::any_silu,
+    plain::any_add_rows, plain::any_dot_rows};
