@@ -23,7 +23,7 @@ from moefit.checkpoint.safetensors import SINGLE, SpanReader
 from moefit.cli import app
 from moefit.errors import CheckpointError, ConfigError, MoefitError, UnsupportedModelError
 from moefit.folders import exclusive_folder
-from moefit.quant.format import FORMATS, parse_format
+from moefit.quant.format import DECODED, FORMATS, NATIVE, parse_format
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.packed import build, file
 from moefit.serve.packed.build import PackResult, check_packed, pack
@@ -146,6 +146,42 @@ def test_full_disk_keeps_complete_files(
     left = 10**6
     packed(folder)
     assert check_packed(build_skeleton(folder)).problems == []
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "removed"])
+def test_checkpoint_that_changes_while_it_is_packed_is_not_kept(
+    folder: Path, packed_cache: Path, how: str
+) -> None:
+    """Its experts would be those of another checkpoint, under the fingerprint of the first."""
+    skeleton, path, changed = build_skeleton(folder), folder / SINGLE, False
+    times = path.stat()
+
+    def change(done: int, total: int) -> None:
+        nonlocal changed
+        if not changed and done > 0.7 * total:  # in the second of two blocks
+            changed = True
+            if how == "removed":
+                path.unlink()
+                return
+            if how == "replaced":
+                shutil.copy(path, folder / "new")
+                (folder / "new").replace(path)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+
+    with pytest.raises(CheckpointError, match="has changed while it was packed"):
+        pack(skeleton, [INT4], progress=change)
+    assert changed
+    assert [Path(one).name for one in files_in(packed_cache)] == ["block-000.safetensors"]
+    if how != "removed":
+        assert packed(folder, INT4).files == 1
+        assert check_packed(build_skeleton(folder)).problems == []
+
+
+def test_formats_that_cannot_be_packed_are_not_called_sound(folder: Path) -> None:
+    packed(folder, INT4)
+    for format in (NATIVE, DECODED):
+        with pytest.raises(ConfigError, match=f"{format.name} experts are read from the"):
+            check_packed(build_skeleton(folder), [INT4, format])
 
 
 def test_unwritable_cache_raises(folder: Path, packed_cache: Path) -> None:

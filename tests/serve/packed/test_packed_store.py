@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quantised
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from serving import give_slots
 from tiny_served import FAMILIES, logits, mixtral_block, saved, tiny, tokens
 
-from moefit.checkpoint.safetensors import SINGLE, read_header
+from moefit.checkpoint.safetensors import SINGLE, Span, read_header
 from moefit.errors import CheckpointError
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.format import NATIVE, Format, parse_format
@@ -24,6 +27,7 @@ from moefit.serve.io.reader import ExpertStore
 from moefit.serve.load import load_model
 from moefit.serve.memory.estimate import SPARES, memory_budget
 from moefit.serve.packed import file as packed_file
+from moefit.serve.packed import store as packed_store
 from moefit.serve.packed.build import pack
 from moefit.serve.packed.file import read_packed
 from moefit.serve.packed.store import PackedLocation, fingerprint, open_packed
@@ -305,6 +309,80 @@ def test_other_safetensors_file_is_not_used(folder: Path) -> None:
     assert "was not written by `moefit pack`" in open_packed(skeleton, [INT4]).ignored[0]
 
 
+def test_header_with_a_dtype_that_cannot_be_read_is_ignored(folder: Path) -> None:
+    """A foreign file, or damage: the model is served without it."""
+    skeleton = build_skeleton(folder)
+    pack(skeleton, [INT4])
+    path = path_of(skeleton, INT4, 0)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"U8"', b'"F4"', 1))
+    packed = open_packed(skeleton, [INT4])
+    assert "is not a valid packed file" in packed.ignored[0]
+    assert not packed.has(skeleton.blocks[0].name, INT4)
+    assert packed.has(skeleton.blocks[1].name, INT4)
+
+
+def pack_otherwise(skeleton: Skeleton, index: int, **changes: str) -> list[bytes]:
+    """Replace a packed file by another one, as `pack` does; return its experts."""
+    path, block = path_of(skeleton, INT4, index), skeleton.blocks[index]
+    old, data = read_packed(path), path.read_bytes()
+    experts = [data[one.offset : one.offset + one.nbytes][::-1] for one in old.spans]
+    metadata = replace(old.metadata, calibration="digest", text="a long name " * 400)
+    metadata = replace(metadata, **changes)
+    with packed_file.PackedWriter(path, metadata, block.num_experts, len(experts[0])) as writer:
+        for expert in experts:
+            writer.write(memoryview(expert), 0.125)
+        writer.commit()
+    assert read_packed(path).spans[0].offset > old.spans[0].offset
+    return experts
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_file_that_is_packed_again_while_a_store_is_open(folder: Path, read_before: bool) -> None:
+    """Its header is known, and its name belongs to another file when it is first read."""
+    skeleton = build_skeleton(folder)
+    pack(skeleton, [INT4])
+    name, packed = skeleton.blocks[0].name, open_packed(skeleton, [INT4])
+    slot, old = (allocate_slot(INT4, skeleton.blocks[0].layout.specs, CPU) for _ in range(2))
+    packed.read(skeleton.blocks[1].name, 0, slot)
+    if read_before:
+        packed.read(name, 2, old)
+    experts = pack_otherwise(skeleton, 0)
+    if read_before:  # the old file is open and whole
+        packed.read(name, 2, slot)
+        assert torch.equal(slot.buffer_B, old.buffer_B) and packed.calibration(name, INT4) == ""
+        return
+    for expert in (7, 0, 7):
+        assert packed.read(name, expert, slot) == slot.nbytes
+        assert bytes(slot.buffer_B.numpy()) == experts[expert]
+    assert packed.calibration(name, INT4) == "digest"
+    assert packed.relative_errors(name, INT4)[0] == 0.125
+    packed.close()
+
+
+def test_damaged_file_that_is_packed_again_is_read_without_a_restart(folder: Path) -> None:
+    """As the error asks for, while a server keeps the damaged file open."""
+    skeleton = build_skeleton(folder)
+    pack(skeleton, [INT4])
+    path, name = path_of(skeleton, INT4, 0), skeleton.blocks[0].name
+    overwrite(path, read_packed(path).spans[3].offset + 40, b"\xff\x00\xff\x00")
+    store, slot = store_of(skeleton, INT4), dirty_slot(INT4, skeleton.blocks[0].layout.specs)
+    with pytest.raises(CheckpointError, match=r"expert 3 .* does not match its checksum"):
+        store.read(name, 3, slot)
+    pack_otherwise(skeleton, 0, block="another")
+    with pytest.raises(CheckpointError, match=r"expert 3 .* does not match its checksum"):
+        store.read(name, 3, slot)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"expert 3 .* does not match its checksum"):
+        store.read(name, 3, slot)
+    pack(skeleton, [INT4])
+    store.read(name, 3, slot)
+    encoded = dirty_slot(INT4, skeleton.blocks[0].layout.specs)
+    store_of(skeleton).read(name, 3, encoded)
+    assert torch.equal(slot.buffer_B, encoded.buffer_B)
+    store.close()
+
+
 def test_changed_weights_change_fingerprint(folder: Path) -> None:
     pack(build_skeleton(folder), [INT4])
     tensors = load_file(folder / SINGLE)
@@ -316,6 +394,51 @@ def test_changed_weights_change_fingerprint(folder: Path) -> None:
         report = served.report()
     assert report["experts_from"] == "encoded while reading"
     assert "was packed from another checkpoint, which" in report["packed_ignored"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [("w4a16", 48), ("int8-channels", 32), ("awq", 48), ("w4a16-asymmetric", 8), ("mxfp4", 32)],
+)
+def test_fingerprint_covers_every_tensor_of_an_expert(
+    tmp_path: Path, kind: str, experts: int
+) -> None:
+    """Whatever the number of experts and of their tensors have in common."""
+    how = quantised.KINDS.get(kind, (quantised.mxfp4, {"quant_method": "mxfp4"}))
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    sizes["num_local_experts" if kind == "mxfp4" else "num_experts"] = experts
+    model = tiny("GptOss" if kind == "mxfp4" else "Olmoe", dtype=torch.bfloat16, **sizes)
+    folder = quantised.quantise(saved(model, tmp_path / "plain"), tmp_path / "quantised", *how)
+    skeleton = build_skeleton(folder)
+    sources = skeleton.map.experts[skeleton.blocks[1].name]
+    assert len(sources) == experts
+    before = fingerprint(skeleton)
+    for number in range(len(sources[0].spans)):
+        spans = [source.spans[number] for source in sources]
+        data = spans[0].path.read_bytes()
+        for span in spans:
+            middle = span.offset + span.nbytes // 2
+            overwrite(span.path, middle, bytes([data[middle] ^ 1]))
+        assert fingerprint(skeleton) != before, spans[0].name
+        spans[0].path.write_bytes(data)
+    assert fingerprint(skeleton) == before
+
+
+@pytest.mark.parametrize(("experts", "parts"), [(8, 3), (64, 3), (128, 3), (16, 6), (64, 9)])
+def test_samples_are_those_of_earlier_versions_where_these_cover_all(
+    experts: int, parts: int
+) -> None:
+    """Stores, plans and profiles of such models stay valid."""
+    spans = {(e, p): span_of(f"{e}.{p}") for e in range(experts) for p in range(parts)}
+    sources: Any = [
+        SimpleNamespace(spans=[spans[e, p] for p in range(parts)]) for e in range(experts)
+    ]
+    found = [span.name for span in packed_store._sampled(sources)]
+    assert found == [f"{e}.{e % parts}" for e in range(0, experts, -(-experts // 16))]
+
+
+def span_of(name: str) -> Span:
+    return Span(name=name, path=Path(), offset=0, nbytes=1, dtype=torch.uint8, shape=(1,))
 
 
 def test_fingerprint_depends_on_content_only(folder: Path, tmp_path: Path) -> None:

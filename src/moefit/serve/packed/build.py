@@ -8,7 +8,7 @@ complete.
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -46,6 +46,8 @@ from moefit.serve.packed.store import PackedLocation, can_be_packed
 
 Progress = Callable[[int, int], None]
 """Callback with the bytes (or windows) done and in total."""
+Versions = Mapping[Path, tuple[int, int]]
+"""Time of the last change, in ns, and size of each file of a checkpoint."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +113,7 @@ def pack(
         _check_packable(format, skeleton)
         if calibration and not format.uses_calibration:
             raise _uncalibrated(format)
+    versions = _versions(skeleton)
     location = PackedLocation(skeleton)
     busy = (
         f"another process is packing this model into {location.folder}; wait for it to end, then "
@@ -119,7 +122,7 @@ def pack(
     with exclusive_folder(location.folder, busy=busy):
         for leftover in location.folder.glob(f"*/.*{WRITING}"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
-        job = _PackJob(skeleton, location, formats, calibration, force=force)
+        job = _PackJob(skeleton, location, versions, formats, calibration, force=force)
         job.check_disk_space()
         try:
             job.record_inputs(calibrating)
@@ -129,6 +132,16 @@ def pack(
         if calibration:
             shutil.rmtree(location.folder / RECORDING, ignore_errors=True)
         return result
+
+
+def _versions(skeleton: Skeleton) -> Versions:
+    """Return what changes when files of the checkpoint are written to or replaced."""
+    found: dict[Path, tuple[int, int]] = {}
+    for path in {span.path for span in skeleton.checkpoint.spans.values()}:
+        with suppress(OSError):  # a file that is gone is a change too
+            stat = path.stat()
+            found[path] = stat.st_mtime_ns, stat.st_size
+    return found
 
 
 def _check_packable(format: Format, skeleton: Skeleton) -> None:
@@ -163,12 +176,14 @@ class _PackJob:
         self,
         skeleton: Skeleton,
         location: PackedLocation,
+        versions: Versions,
         formats: Sequence[Format],
         calibration: CalibrationText | None,
         *,
         force: bool,
     ):
         self._skeleton, self._location, self._calibration = skeleton, location, calibration
+        self._versions = versions
         self._recorded: RecordedInputs | None = None
         self._replaced = 0
         blocks = {block.name: block for block in skeleton.blocks}
@@ -268,10 +283,19 @@ class _PackJob:
                     for slot, writer, error in zip(slots, writers, errors, strict=True):
                         writer.write(bytes_of(slot.buffer_B), error)
                     report(_passes(formats) * source.nbytes)
+                self._check_unchanged()
                 for writer in writers:
                     writer.commit()
         except OSError as error:
             raise self._write_error(error, index, formats) from error
+
+    def _check_unchanged(self) -> None:
+        """Raise CheckpointError if experts may be of other files than the fingerprint."""
+        if _versions(self._skeleton) != self._versions:
+            raise CheckpointError(
+                f"the checkpoint in {self._location.source} has changed while it was packed; run "
+                "the same command again when nothing writes to it any more"
+            )
 
     def _fill(
         self, block: MoeBlock, expert: int, slots: Sequence[Slot], inputs: BlockInputs | None
@@ -392,8 +416,11 @@ def check_packed(
         progress: Callback with the bytes checked and in total.
 
     Raises:
+        ConfigError: One of the formats cannot be packed.
         CheckpointError: Nothing is packed.
     """
+    for format in formats or ():
+        _check_packable(format, skeleton)
     location = PackedLocation(skeleton)
     existing = [format for format in FORMATS.values() if (location.folder / format.name).is_dir()]
     if not existing:

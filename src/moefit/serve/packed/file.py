@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moefit.checkpoint.safetensors import Span, read_header
-from moefit.errors import CheckpointError
+from moefit.errors import CheckpointError, UnsupportedModelError
 
 LAYOUT = 3  # increase when the bytes of a slot or the header change
 WRITING = ".writing"  # suffix of incomplete files
@@ -87,15 +87,15 @@ def read_packed(path: Path) -> PackedFile:
     Raises:
         CheckpointError: The file is damaged, truncated, or has another layout.
     """
-    header, spans = read_header(path)
     try:
+        header, spans = read_header(path)
         if header.get("kind") != _KIND:
             raise ValueError("it was not written by `moefit pack`")
         if int(header["layout"]) == LAYOUT:
             if header["remarks_checksum"] != _checksum(header):
                 raise ValueError("its header does not match its checksum")
             return _parse(path, header, spans)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UnsupportedModelError) as error:
         raise CheckpointError(
             f"{path} is not a valid packed file: {error}; pack it again with `moefit pack --force`"
         ) from error

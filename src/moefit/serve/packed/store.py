@@ -6,10 +6,12 @@ do not match are ignored, and `PackedStore.ignored` says why.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -31,14 +33,20 @@ _SAMPLE_BYTES = 4096  # per sampled expert
 class PackedStore:
     """Packed experts by block name, expert number and format. Thread-safe.
 
+    A file that is packed again meanwhile is used from the first read on that the old one, or what
+    is known of it, does not serve.
+
     Attributes:
         ignored: For each file that exists but is not used, the reason.
     """
 
     def __init__(self, files: Mapping[tuple[str, str], PackedFile], ignored: tuple[str, ...] = ()):
-        self._files, self.ignored = files, ignored
         self._reader = SpanReader()
+        self._files = {key: _Opened(file, self._reader) for key, file in files.items()}
+        self.ignored = ignored
         self._verified: set[tuple[Path, tuple[int, int], int]] = set()
+        self._lock = threading.Lock()
+        self._newer: list[SpanReader] = []  # of files that were packed again
 
     def has(self, block: str, format: Format) -> bool:
         """Return whether a block's experts are packed in a format."""
@@ -46,7 +54,7 @@ class PackedStore:
 
     def path(self, block: str, format: Format) -> Path:
         """Return the packed file of a block in a format."""
-        return self._files[block, format.name].path
+        return self._files[block, format.name].file.path
 
     def read(self, block: str, expert: int, into: Slot) -> int:
         """Read an expert into a slot.
@@ -62,20 +70,48 @@ class PackedStore:
         Raises:
             CheckpointError: The expert is damaged or unreadable. The slot's content is undefined.
         """
-        file = self._files[block, into.format.name]
-        span = replace(file.spans[expert], name=f"expert {expert} of {block}")
+        key = block, into.format.name
+        opened = self._files[key]
         on_cpu = into.buffer_B.device.type == "cpu"
         data_B = into.buffer_B if on_cpu else torch.empty(into.nbytes, dtype=torch.uint8)
-        data = bytes_of(data_B)
-        self._reader.read_into(span, data)
-        version = file.path, self._reader.version(file.path), expert
-        if version not in self._verified:
-            if damage := file.damage(expert, data):
-                raise CheckpointError(damage)
-            self._verified.add(version)
+        try:
+            self._read(opened, expert, bytes_of(data_B))
+        except CheckpointError:
+            if (newer := self._packed_again(key, opened)) is None:
+                raise
+            self._read(newer, expert, bytes_of(data_B))
         if not on_cpu:
             into.buffer_B.copy_(data_B)
-        return span.nbytes
+        return into.nbytes
+
+    def _read(self, opened: "_Opened", expert: int, data: memoryview) -> None:
+        """Read an expert, and verify it the first time. Raises CheckpointError."""
+        file, reader = opened
+        span = replace(file.spans[expert], name=f"expert {expert} of {file.metadata.block}")
+        reader.read_into(span, data)
+        read = file.path, reader.version(file.path), span.offset
+        if read in self._verified:
+            return
+        if damage := file.damage(expert, data):
+            raise CheckpointError(damage)
+        self._verified.add(read)
+
+    def _packed_again(self, key: tuple[str, str], known: "_Opened") -> "_Opened | None":
+        """Return the file that has replaced one since its header was read; None if none has."""
+        with self._lock:
+            if (opened := self._files[key]) is not known:
+                return opened  # found by another thread
+            path = known.file.path
+            try:
+                found, stat = read_packed(path), path.stat()
+                same = known.reader.version(path) == (stat.st_mtime_ns, stat.st_size)
+            except (CheckpointError, OSError):
+                return None
+            if (same and found == known.file) or not _holds_the_same(found, known.file):
+                return None
+            self._newer.append(SpanReader())
+            self._files[key] = _Opened(found, self._newer[-1])
+            return self._files[key]
 
     def relative_errors(self, block: str, format: Format) -> tuple[float, ...]:
         """Return the error of each expert, as measured when it was packed.
@@ -83,22 +119,39 @@ class PackedStore:
         Without calibration that is |W - W^|^2 / |W|^2 over the expert's matrices W, with
         calibration |y - y^|^2 / |y|^2 over its outputs y on the calibration text.
         """
-        return self._files[block, format.name].relative_errors
+        return self._files[block, format.name].file.relative_errors
 
     def calibration(self, block: str, format: Format) -> str:
         """Return the digest of a block's calibration text; empty without calibration."""
-        return self._files[block, format.name].metadata.calibration
+        return self._files[block, format.name].file.metadata.calibration
 
     @property
     def texts(self) -> list[str]:
         """Return the names of the calibration texts."""
-        return sorted(
-            {file.metadata.text for file in self._files.values() if file.metadata.calibration}
-        )
+        about = [one.file.metadata for one in self._files.values()]
+        return sorted({metadata.text for metadata in about if metadata.calibration})
 
     def close(self) -> None:
         """Close all files."""
-        self._reader.close()
+        with self._lock:
+            for reader in (self._reader, *self._newer):
+                reader.close()
+
+
+class _Opened(NamedTuple):
+    """A file as its header was read, and what reads it."""
+
+    file: PackedFile
+    reader: SpanReader
+
+
+def _holds_the_same(file: PackedFile, other: PackedFile) -> bool:
+    """Return whether two files hold the same experts in one format, calibrated or not."""
+    one, two = (
+        replace(each.metadata, source="", calibration="", text="") for each in (file, other)
+    )
+    sizes, others = ([span.nbytes for span in each.spans] for each in (file, other))
+    return one == two and sizes == others
 
 
 def can_be_packed(format: Format, block: MoeBlock) -> bool:
@@ -257,9 +310,10 @@ def fingerprint(skeleton: Skeleton) -> str:
     """Return a hash that identifies a checkpoint without reading all of it.
 
     The hash covers the settings, each tensor's name, dtype, shape and position (from the headers),
-    the sizes of the files, and 4 KiB of up to 16 experts per block. It distinguishes other models,
-    conversions and further training, and does not depend on the folder's path or time stamps. It
-    misses changes of a few weights or of dense weights alone; run `moefit pack --force` then.
+    the sizes of the files, and 4 KiB of up to 16 experts per block, of each of an expert's tensors
+    at least once. It distinguishes other models, conversions and further training, and does not
+    depend on the folder's path or time stamps. It misses changes of a few weights or of dense
+    weights alone; run `moefit pack --force` then.
     """
     checkpoint = skeleton.checkpoint
     digest = hashlib.sha256(_settings(checkpoint.folder))
@@ -270,8 +324,8 @@ def fingerprint(skeleton: Skeleton) -> str:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     with closing(SpanReader()) as reader:
         for sources in skeleton.map.experts.values():
-            for expert in range(0, len(sources), -(-len(sources) // _SAMPLED_EXPERTS)):
-                digest.update(_sample(reader, sources[expert], expert))
+            for span in _sampled(sources):
+                digest.update(sample_of(reader, span))
     return digest.hexdigest()[:32]
 
 
@@ -282,9 +336,20 @@ def _settings(folder: Path) -> bytes:
     return (folder / "config.json").read_bytes()
 
 
-def _sample(reader: SpanReader, source: ExpertSource, turn: int) -> bytes:
-    """Return bytes from the middle of tensor number `turn` modulo the expert's tensors."""
-    return sample_of(reader, source.spans[turn % len(source.spans)])
+def _sampled(sources: Sequence[ExpertSource]) -> Iterator[Span]:
+    """Yield a tensor of each sampled expert in turn, and each of an expert's tensors at least once.
+
+    The number of the expert gives the turn where that reaches all tensors, as in earlier versions;
+    it does not if the experts' distance and the number of tensors have a common divisor.
+    """
+    experts = range(0, len(sources), -(-len(sources) // _SAMPLED_EXPERTS))
+    number = max((len(sources[expert].spans) for expert in experts), default=0)
+    turns = experts
+    if len({expert % number for expert in experts}) < number:
+        turns = range(max(len(experts), number))
+    for place, turn in enumerate(turns):
+        spans = sources[experts[place % len(experts)]].spans
+        yield spans[turn % len(spans)]
 
 
 def sample_of(reader: SpanReader, span: Span) -> bytes:
