@@ -193,6 +193,18 @@ def test_sequences_of_plans_that_reserve_a_step() -> None:
     assert fits > 2 and taken(fits) <= plan.memory < taken(fits + 1)
 
 
+def test_sequences_of_models_without_a_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may be longer than the planned context, and is reserved for longer ones."""
+    steps = server_planner(PlanConstraints(process=1 << 30, step_tokens=512))
+    monkeypatch.setattr(steps._skeleton.model.config, "max_position_embeddings", 1 << 20)
+    monkeypatch.setattr(Planner, "_longest", None)
+    plan = steps.plan(steps.slot_budgets.all_resident_bytes)[0]
+    three = steps.slot_budgets.estimate(plan.configuration, context=3 * 512, sequences=3)
+    for missing, fits in ((0, 3), (1, 2)):
+        known = replace(plan, memory=three.planned_bytes - missing)
+        assert steps.sequences(known, (512,)) == {512: fits}
+
+
 def test_more_memory_never_increases_loss() -> None:
     found = dict(planner().fronts_by_budget(6))
     assert list(found) == sorted(found)

@@ -286,7 +286,8 @@ class Planner:
         if plan.memory is None:
             return {}
         token, row = self._per_token(plan.configuration), self._per_sequence(plan.configuration)
-        context = max(self.context, min(self._constraints.step_tokens or 0, self._longest or 0))
+        step = self._constraints.step_tokens or 0
+        context = max(self.context, min(step, self._longest or step))
         now = self.slot_budgets.estimate(plan.configuration, context=context).planned_bytes
         taken = now - context * token - self._constraints.sequences * row
         longest = self._longest or max(lengths)
