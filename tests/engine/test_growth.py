@@ -305,32 +305,6 @@ def test_without_a_budget_it_grows_in_what_is_free(folder, monkeypatch) -> None:
             asked(engine, LONG)
 
 
-def test_memory_that_the_system_does_not_give(folder, monkeypatch) -> None:
-    """The cache and the slots stay as they are, and the engine goes on."""
-    from moefit.engine import kv_pool
-
-    given = kv_pool.host_bytes
-
-    def fails(size: int) -> torch.Tensor:
-        if len(calls) > 2:
-            raise OSError("no memory")
-        calls.append(size)
-        return given(size)
-
-    with budgeted(folder) as served, running(served) as engine:
-        before, calls = slots_of(served), list[int]()
-        monkeypatch.setattr(kv_pool, "host_bytes", fails)
-        heard = asked(engine, LONG)
-        assert heard.end.reason == "error" and heard.end.code == "context_length_exceeded"
-        monkeypatch.setattr(kv_pool, "host_bytes", given)
-        engine.check()
-        assert slots_of(served) == before and served.budget.context == CONTEXT
-        assert asked(engine, 90).end.reason == "length"
-        monkeypatch.setattr(growth, "RETRY_AFTER", 0.0)
-        engine._growth._retry_at = 0.0
-        assert asked(engine, LONG).end.reason == "length"
-
-
 SERVE = """
 import sys, torch
 from pathlib import Path

@@ -120,7 +120,7 @@ class Sizes(RuleBasedStateMachine):
             del self.sizes[name]
         for _ in range(5):  # at first what was needed meanwhile stays, then the next minute begins
             self.step()
-            self.now += GIVE_BACK_AFTER
+            self.now += GIVE_BACK_AFTER + 1
         assert self.scheduler.tokens == BASE
 
 

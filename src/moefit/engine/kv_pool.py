@@ -11,6 +11,7 @@ experts.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -71,8 +72,9 @@ class KvPool:
             places: Number of tokens.
 
         Raises:
-            OSError: There is no memory. A pool that was to grow is as before; one that was to
-                shrink has fewer places, but not less memory.
+            OSError: There is no memory. A pool that was to grow has the places of before; one that
+                was to shrink has fewer. Some tensors may be larger than that: see `held`. Calling
+                this again with the places that there are makes them smaller.
         """
         before = self.places.places
         if places < before:
@@ -80,9 +82,9 @@ class KvPool:
         try:
             self._resize_tensors(min(before, places), places)
         except OSError:
-            if places < before:  # what could not be copied has more places than are used
-                raise
-            self._resize_tensors(before, before)
+            if places > before:
+                with suppress(OSError):
+                    self._resize_tensors(before, before)
             raise
         if places > before:
             self.places.resize(places)
@@ -130,7 +132,12 @@ class KvPool:
     @property
     def bytes_per_place(self) -> int:
         """Bytes of a token in all layers."""
-        return self.nbytes // self.places.places
+        return sum(one.nbytes // one.shape[1] for one in self._tensors())
+
+    @property
+    def held(self) -> int:
+        """Places of the largest tensor: more than are used after a change that lacked memory."""
+        return max([self.places.places, *(one.shape[1] for one in self._tensors())])
 
     def layout(self) -> str:
         """Return a text that is the same for pools whose places hold the same bytes."""

@@ -20,7 +20,7 @@ from moefit.engine.speculation.drafts import LOOKUP_BYTES
 from moefit.errors import BudgetTooSmallError, ConfigError, MoefitError
 from moefit.host import available_bytes
 from moefit.serve.config import AUTO_PRECISION
-from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes
+from moefit.serve.memory.budget import MemoryBudget, at_least, format_bytes, parse_bytes
 from moefit.serve.memory.context import ContextCosts, context_costs
 from moefit.serve.memory.follow import default_headroom
 from moefit.serve.model import ServedModel
@@ -75,6 +75,7 @@ class KvGrowth:
         self.base = scheduler.tokens
         self._rule = ReservationRule(self.base)
         self._retry_at = 0.0
+        self._owes = False  # whether, after an error, it is charged with more than it has places
         self._sizing = Lock()  # while sizes differ; taken before `changed`
         self._known: tuple[MemoryBudget, int] | None = None
         self._obstacle = _obstacle(served, runner, settings)
@@ -118,6 +119,8 @@ class KvGrowth:
         with self._changed:
             needed = self._scheduler.wanted()
         tokens = self._rule.next(now, present=present, needed=needed, most=most)
+        if tokens is None and self._owes and now >= self._retry_at:
+            tokens = present
         if tokens is not None:
             try:
                 self._resize(tokens)
@@ -130,7 +133,14 @@ class KvGrowth:
 
     def wait(self) -> float | None:
         """Return the seconds after which `adjust` has something to do; None for any time."""
-        return None if self._costs is None else self._rule.wait(monotonic(), self._scheduler.tokens)
+        if self._costs is None:
+            return None
+        now = monotonic()
+        wait = self._rule.wait(now, self._scheduler.tokens)
+        if not self._owes:
+            return wait
+        again = max(0.0, self._retry_at - now)
+        return again if wait is None else min(wait, again)
 
     def least_memory(self) -> int:
         """Return the smallest budget for the requests that run now. From any thread."""
@@ -149,18 +159,16 @@ class KvGrowth:
         """
         try:
             self._served.set_memory(memory)
-        except BudgetTooSmallError:
-            if (fewest := self._least()) is not None:
-                self._resize(fewest)
-            try:
-                return self._served.set_memory(memory)
-            except BudgetTooSmallError as error:
-                if self._scheduler.tokens <= self.base:
-                    raise
-                raise self._in_use(error) from error
+        except BudgetTooSmallError as error:
+            self._make_room(memory, error)
+            self._served.set_memory(memory)
         fewest, most = self._least(), self.most()
         if fewest is not None and most < self._scheduler.tokens:
-            self._resize(max(fewest, most))
+            try:
+                self._resize(max(fewest, most))
+            except (MoefitError, OSError) as error:  # the budget is in force all the same
+                self._retry_at = monotonic() + RETRY_AFTER
+                _LOG.warning("the KV cache cannot give back memory now: %s", error)
         return self._served.budget
 
     def close(self) -> None:
@@ -178,8 +186,10 @@ class KvGrowth:
             if self._runner.prefixes is not None:
                 assert self._runner.prefixes.places == tokens
             if self._costs is not None:
-                expected = self._costs.at(budget, tokens)
-                assert (budget.context, budget.kv_cache) == (tokens, expected.kv_cache)
+                assert isinstance(self._runner, VarlenRunner) and budget.context is not None
+                assert tokens <= self._runner.cache.pool.held <= budget.context
+                assert budget.context == tokens or self._owes
+                assert budget.kv_cache == self._costs.at(budget, budget.context).kv_cache
 
     def _allow(self, most: int) -> list[str]:
         with self._changed:
@@ -198,27 +208,43 @@ class KvGrowth:
 
     def _resize_all(self, tokens: int) -> None:
         assert self._costs is not None and isinstance(self._runner, VarlenRunner)
-        before, costs = self._scheduler.tokens, self._costs
+        before, costs, pool = self._scheduler.tokens, self._costs, self._runner.cache.pool
 
         def charge(number: int) -> None:
             self._served.change_budget(lambda budget: costs.at(budget, number))
 
-        if tokens > before:
+        if tokens > (self._served.budget.context or 0):
             charge(tokens)
-            try:
-                self._runner.resize(tokens)
-            except BaseException:
-                charge(before)
-                raise
-        else:
-            self._runner.resize(tokens)
+        self._owes = True
         try:
-            if tokens < before:
-                charge(tokens)
-        finally:  # if slots cannot grow, the cache is smaller all the same
+            self._runner.resize(tokens)
+        finally:  # after an error it may have fewer places, or larger tensors than places
             with self._changed:
-                self._scheduler.resize(tokens)
-        _LOG.info("the KV cache holds %d tokens, %d before", tokens, before)
+                self._scheduler.resize(pool.places.places)
+            if pool.held < (self._served.budget.context or 0):
+                charge(pool.held)
+            self._owes = self._served.budget.context != self._scheduler.tokens
+        if tokens != before:
+            _LOG.info("the KV cache holds %d tokens, %d before", tokens, before)
+
+    def _make_room(self, memory: str | int | None, error: BudgetTooSmallError) -> None:
+        """Give back what is unused, if a budget that was too small is large enough then.
+
+        Raises:
+            BudgetTooSmallError: It is not, and nothing has changed.
+            OSError: There is no memory to copy what is kept.
+        """
+        fewest, costs = self._least(), self._costs
+        try:
+            if fewest is None or costs is None or memory is None:
+                raise error
+            total = parse_bytes(memory)
+            costs.at(self._served.budget, fewest).with_total(total).slots()
+        except BudgetTooSmallError as small:
+            if (fewest or self._scheduler.tokens) <= self.base:
+                raise
+            raise self._in_use(small) from small
+        self._resize(fewest)
 
     def _limit(self) -> int:
         """Return the tokens that the cache may hold in any budget."""
