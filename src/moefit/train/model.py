@@ -23,6 +23,19 @@ from moefit.train.checkpoint import MANIFEST, checkpoints, verify
 from moefit.train.config import TrainConfig
 
 
+def initial_folder(source: str) -> Path:
+    """Return the model folder that `start_from` names. Raises ConfigError if there is none."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if not (found := checkpoints(folder)):
+        raise ConfigError(
+            f"start_from={source!r} is neither a model folder (config.json) nor a run with a "
+            "finished checkpoint; leave it out to start from random weights"
+        )
+    return found[-1]
+
+
 def load_initial_weights(model: PreTrainedModel, source: str) -> None:
     """Copy weights into a model by name.
 
@@ -35,15 +48,7 @@ def load_initial_weights(model: PreTrainedModel, source: str) -> None:
         CheckpointError: The weights cannot be read.
         UnsupportedModelError: The weights are quantised.
     """
-    folder = Path(source).expanduser()
-    if not (folder / "config.json").is_file():
-        found = checkpoints(folder)
-        if not found:
-            raise ConfigError(
-                f"start_from={source!r} is neither a model folder (config.json) nor a run with a "
-                "finished checkpoint; leave it out to start from random weights"
-            )
-        folder = found[-1]
+    folder = initial_folder(source)
     if (folder / MANIFEST).is_file():
         verify(folder)
     refuse_declared(folder)

@@ -74,6 +74,9 @@ def test_fine_tune_of_another_model_begins_with_its_weights(
     made = DsMoeForCausalLM.from_pretrained(result.checkpoint)
     assert made.config.pregated == pregated
     plain = [r["loss"] for r in read_log(tmp_path / "more") if r["kind"] == "train"]
+    again = {**more, "start_from": more["out"], "loss": {"gate_kl": 0.5}}
+    with pytest.raises(ConfigError, match=f"has pregated={pregated}, whose routers are given"):
+        train(make_config({**again, "out": str(tmp_path / "again")}), callback)
     near = {**more, "out": str(tmp_path / "near"), "loss": {"gate_kl": 0.5}}
     train(make_config(near), callback)
     first, *_ = [r for r in read_log(tmp_path / "near") if r["kind"] == "train"]

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moefit.checkpoint.config import read_config
 from moefit.dsmoe.block import DsMoeBlock, DsMoeRouter
 from moefit.errors import ConfigError
 from moefit.train.config import TrainConfig
+from moefit.train.model import initial_folder
 
 
 class GateTeacher:
@@ -47,8 +49,8 @@ class GateTeacher:
         """Return the teacher of a run; None if it has none. Call this before the first step.
 
         Raises:
-            ConfigError: The model is not pre-gated or begins with random weights, or the run is
-                compiled.
+            ConfigError: The model is not pre-gated, begins with random weights or those of a
+                pre-gated model, or the run is compiled.
         """
         weight = config.loss.gate_kl
         if not weight:
@@ -66,6 +68,14 @@ class GateTeacher:
             )
         if config.compile:
             raise ConfigError(f"{given} does not work with compile=true; give compile=false")
+        before = read_config(initial_folder(config.start_from)).get("pregated", False)
+        if before:
+            raise ConfigError(
+                f"{given} keeps routers near the choice that those of start_from make from their "
+                f"own block's inputs, but {config.start_from!r} has pregated={before}, whose "
+                "routers are given others; leave it out, or start from a model that is not "
+                "pre-gated"
+            )
         return cls(model, weight)
 
     def loss(self, logits: Sequence[Tensor]) -> Tensor:
