@@ -5,6 +5,7 @@ A level is missing if the processor lacks it, or if MOEFIT_KERNELS excludes it:
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -55,6 +56,31 @@ def at(level: str) -> Kernels:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Return random numbers that depend on nothing else."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def awkward(tokens: int, cols: int, *, seed: int = 0) -> Tensor:
+    """Return inputs of all sizes.
+
+    Random ones, outliers and signs alone, and a token each with zeros, with numbers that are too
+    small for a scale, with infinity and with NaN.
+    """
+    x_TI = normal(tokens, cols, seed=seed)
+    x_TI[1::4] = x_TI[1::4].sign()
+    x_TI[2::4, ::37] *= 1e6
+    x_TI[3::4] *= 1e-20
+    for token, value in zip(range(0, tokens, 7), (0.0, 1e-31, torch.inf, torch.nan), strict=False):
+        x_TI[token, : cols // 2 + 1] = value
+    return x_TI
+
+
+def assert_equal_with_fused_multiply_add(products: Callable[[Kernels], Tensor]) -> None:
+    """Compare levels bit by bit: sums of a group are exact integers, added in one order.
+
+    Portable code rounds products and sums apart.
+    """
+    made = [products(at(level)) for level in HERE if level != "portable"]
+    for one in made[1:]:
+        torch.testing.assert_close(one, made[0], rtol=0, atol=0, equal_nan=True)
 
 
 def largest_integer(bits: int) -> int:

@@ -14,7 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, MACHINE, at, compiled, largest_integer, levels, normal
+from levels import (
+    HERE,
+    MACHINE,
+    assert_equal_with_fused_multiply_add,
+    at,
+    awkward,
+    compiled,
+    largest_integer,
+    levels,
+    normal,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -186,13 +196,18 @@ def test_largest_codes_and_activations_do_not_overflow(level: str, bits: int, to
 
 
 @compiled
-@pytest.mark.parametrize("bits", PLANES)
-def test_integer_products_are_equal_at_all_levels_with_fused_multiply_add(bits: int) -> None:
-    """Sums of integers are exact, and all add groups in the same order."""
-    equal = [level for level in HERE if level != "portable"]
-    weight, x_TI = weight_of(bits, 50, 200), normal(40, 200).bfloat16()
-    made = [at(level).linear(x_TI, weight, torch.bfloat16) for level in equal]
-    assert all(torch.equal(one, made[0]) for one in made)
+@widths
+@pytest.mark.parametrize("tokens", [1, 3, 22, 40])
+def test_integer_products_are_equal_at_all_levels_with_fused_multiply_add(
+    bits: int, tokens: int
+) -> None:
+    for rows, cols in ((50, 200), (3, 64), (16, 1)):
+        weight, x_TI = weight_of(bits, rows, cols), awkward(tokens, cols)
+        for dtype in (torch.float32, torch.bfloat16):
+            some_TI = x_TI.to(dtype)
+            assert_equal_with_fused_multiply_add(
+                lambda at, x=some_TI, w=weight, to=dtype: at.linear(x, w, to)
+            )
 
 
 @levels

@@ -18,7 +18,15 @@ from k_quants import (
     parts_of,
     random_blocks,
 )
-from levels import HERE, at, compiled, levels, normal
+from levels import (
+    HERE,
+    assert_equal_with_fused_multiply_add,
+    at,
+    awkward,
+    compiled,
+    levels,
+    normal,
+)
 from torch import Tensor
 
 from moefit.checkpoint.gguf.blocks import K_QUANTS, decode_blocks
@@ -169,6 +177,15 @@ def test_levels_give_equal_integers(type: str) -> None:
     first, *others = [at(level).linear(x_TI, matrix) for level in HERE]
     rounding = x_TI.double().abs() @ sizes(type, blocks_RB).T * 2.0**-22
     assert all(((one - first).abs() <= rounding).all() for one in others)
+
+
+@compiled
+@types
+@pytest.mark.parametrize("tokens", [1, 3, 22, 40])
+def test_levels_with_fused_multiply_add_give_equal_bits(type: str, tokens: int) -> None:
+    for rows, cols in ((35, 512), (3, 256)):
+        matrix, x_TI = k_matrix(type, rows, cols), awkward(tokens, cols)
+        assert_equal_with_fused_multiply_add(lambda at, x=x_TI, m=matrix: at.linear(x, m))
 
 
 @compiled

@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from levels import HERE, at, compiled, levels, normal
+from levels import (
+    HERE,
+    assert_equal_with_fused_multiply_add,
+    at,
+    awkward,
+    compiled,
+    levels,
+    normal,
+)
 from scaled_codes import CASES, SHAPES, random_codes, scaled, values
 from torch import Tensor
 from transformers import GptOssConfig
@@ -129,6 +137,14 @@ def test_levels_give_equal_integers(name: str) -> None:
     first, *others = [at(level).linear(x_TI, matrix) for level in HERE]
     rounding = x_TI.double().abs() @ matrix.dense().double().abs().T * 2.0**-22
     assert all(((one - first).abs() <= rounding).all() for one in others)
+
+
+@compiled
+@cases
+@pytest.mark.parametrize("tokens", [1, 3, 22, 40])
+def test_levels_with_fused_multiply_add_give_equal_bits(name: str, tokens: int) -> None:
+    matrix, x_TI = scaled(name, 35, 384), awkward(tokens, 384)
+    assert_equal_with_fused_multiply_add(lambda at: at.linear(x_TI, matrix))
 
 
 @compiled
