@@ -105,14 +105,20 @@ def pack_by(
     text: Path,
     dtype: torch.dtype = torch.bfloat16,
     formats: Sequence[str] = UNIFORM,
+    dense_formats: Sequence[str] = (),
 ) -> None:
-    """Pack formats, calibrated as `moefit pack --text` does."""
+    """Pack formats of experts and of dense weights, calibrated as `moefit pack --text` does."""
     windows = windows_of(
         text_of_file(text, read_tokenizer(subject.folder), subject.context, CALIBRATION_TOKENS)
     )
     what = CalibrationText(text=text.name, digest=windows.digest, windows=windows)
     skeleton = build_skeleton(subject.folder, dtype)
-    made = pack(skeleton, [parse_format(name) for name in formats], calibration=what)
+    made = pack(
+        skeleton,
+        [parse_format(name) for name in formats],
+        calibration=what,
+        dense_formats=[parse_format(name) for name in dense_formats],
+    )
     print(f"packed with {text.name} in {made.seconds:.0f} s")
 
 

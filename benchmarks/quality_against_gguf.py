@@ -7,9 +7,10 @@
 MODEL is an OLMoE whose widths are multiples of 256, as K-quants require. It is written as f16 GGUF
 by `moefit export` and quantised by llama.cpp, with `+imatrix` by the mean squared inputs of the
 calibration text. Both sides score the same windows of token ids from an empty context. moefit's
-dense weights have the experts' format, or with FORMAT+int8 eight bits; experts are rounded to
-nearest (`nearest`), fitted (`fitted`), or packed with the calibration text (`calibrated`). Loss is
-the increase of perplexity over transformers in float32, with its standard error over windows.
+dense weights have the experts' format, or with FORMAT+DENSE that of `--dense`; experts are rounded
+to nearest (`nearest`), fitted (`fitted`), or packed with the calibration text (`calibrated`), and
+dense weights too (`all calibrated`). Loss is the increase of perplexity over transformers in
+float32, with its standard error over windows.
 """
 
 import argparse
@@ -44,7 +45,7 @@ TYPES = (
     "IQ3_XXS+imatrix,Q2_K,Q2_K+imatrix,IQ2_S+imatrix,IQ2_XXS+imatrix"
 )
 FORMATS = "int8,int6,int5,int4,int3,int2"
-WAYS = ("nearest", "fitted", "calibrated")
+WAYS = ("nearest", "fitted", "calibrated", "all calibrated")
 IMPORTANCE_WINDOWS = 32
 
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--dense", default="int8,int4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
@@ -179,14 +181,16 @@ class MeanSquares:
 
 def ours(subject: Subject, full: list[float], arguments: argparse.Namespace) -> Iterator[Any]:
     """Yield a point per format, way of rounding and format of dense weights."""
-    formats = arguments.formats.split(",")
+    formats, dense = arguments.formats.split(","), arguments.dense.split(",")
     with by_bytes.alone():
         for way in WAYS:
-            if way == "calibrated":
-                by_bytes.pack_by(subject, arguments.calibration, torch.float32, formats)
+            if "calibrated" in way:
+                packed = [*formats, *dense] if way == "all calibrated" else []
+                text = arguments.calibration
+                by_bytes.pack_by(subject, text, torch.float32, formats, packed)
             for format in formats:
                 precision = f"{format}-nearest" if way == "nearest" else format
-                for rest in dict.fromkeys((format, "int8") if way == "calibrated" else (format,)):
+                for rest in dict.fromkeys((format, *(dense if "calibrated" in way else ()))):
                     yield one_of_ours(subject, full, way, precision, rest)
 
 
@@ -194,7 +198,8 @@ def one_of_ours(subject: Subject, full: list[float], way: str, precision: str, r
     with subject.load(precision=precision, dense_precision=rest) as served:
         losses = [window_loss(served.model, window_L) for window_L in subject.scored]
         report = served.report()
-        assert (report["experts_from"] == "packed") == (way == "calibrated")
+        assert (report["experts_from"] == "packed") == ("calibrated" in way)
+        assert (report["dense_from"] == "packed") == (way == "all calibrated")
         weights = sum(
             block.num_experts * weights_in(block.block.layout.specs)
             for block in served.blocks.values()
@@ -232,7 +237,8 @@ def draw(points: list[Any], path: Path) -> None:
         for one in points:
             matrix = one["name"].endswith("+imatrix")
             is_mixed = "moefit" in one["side"] and "+" in one["name"]
-            suffix = ", imatrix" if matrix else ", dense int8" if is_mixed else ""
+            mixed = f", dense {one['name'].split('+')[-1]}" if is_mixed else ""
+            suffix = ", imatrix" if matrix else mixed
             groups[one["side"] + suffix].append((one[key] / 2**20, 100 * one["loss"]))
         for label, line in groups.items():
             style = "s--" if "llama" in label else "o-"

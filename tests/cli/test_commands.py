@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 import moefit
 from moefit import demo
+from moefit.checkpoint.safetensors import SINGLE
 from moefit.cli import app, models
 from moefit.cli.app import error_of
 from moefit.engine.speculation.drafts import LOOKUP_BYTES, MAX_STEP_DRAFTS
@@ -303,6 +305,33 @@ def test_unpacked_precision_names_pack_command(saved, tmp_path, monkeypatch):
     after = run(*command)
     assert "experts in int4, packed" in after.stderr and "note:" not in after.stderr
     assert after.stdout == told.stdout
+
+
+def test_unpacked_dense_weights_name_pack_command(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ("generate", saved, "some", "--max-new-tokens", "2", "--dense-precision", "int4")
+    told = run(*command)
+    assert "dense weights in int4, encoded while loading" in told.stderr
+    advice = told.stderr.split("run: moefit ")[1].split("\n")[0]
+    assert advice == f"pack {saved} --dense-formats int4"
+    run(*advice.split())
+    after = run(*command)
+    assert "dense weights in int4, packed" in after.stderr and "note:" not in after.stderr
+    assert after.stdout == told.stdout
+    described = run("describe", saved, "--dense-precision", "int4")
+    assert "dense weights in int4, packed" in " ".join(described.stdout.split())
+
+    adapter, name = tmp_path / "adapter", "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    adapter.mkdir()
+    rows, cols = load_file(Path(saved) / SINGLE)["model.layers.0.self_attn.q_proj.weight"].shape
+    lora = {f"{name}A.weight": torch.ones(1, cols), f"{name}B.weight": torch.ones(rows, 1)}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    adapted = run(*command, "--adapter", str(adapter))
+    assert "dense weights in int4, encoded while loading" in adapted.stderr
+    assert "without the adapter given now" in adapted.stderr
+    assert "once you have run" not in adapted.stderr, "it would not help"
 
 
 def test_bench_measures_bandwidths_before_loading(saved, monkeypatch):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefit.errors import CheckpointError
+from moefit.quant import gptq
 from moefit.quant.encode import encode
 from moefit.quant.gptq import SWEEPS, encode_gptq
-from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, pack, unpack
+from moefit.quant.grouped_int import GROUP, PLANES, ROWS_AT_ONCE, GroupedMatrix, pack, unpack
 from moefit.quant.moments import DAMPING, moments_of
 
 widths = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits > 1])
@@ -225,6 +226,17 @@ def test_wide_matrix_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = codes_of(compensated(part_RI, 3, x_NI))
         assert torch.equal(codes_of(made)[:, first : first + 64], expected)
     assert output_error(whole, weight_RC, x_NC) < output_error(made, weight_RC, x_NC)
+
+
+@widths
+def test_rows_are_rounded_some_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch, which needs several times the memory of the rows in float32."""
+    monkeypatch.setattr(gptq, "kernels", lambda: None)
+    rows, x_NC = ROWS_AT_ONCE + 40, correlated(80, 70)
+    weight_RC = torch.randn(rows, 70, generator=torch.Generator().manual_seed(3))
+    whole = compensated(weight_RC, bits, x_NC)
+    parts = [compensated(part_RC, bits, x_NC) for part_RC in weight_RC.split(ROWS_AT_ONCE)]
+    assert torch.equal(whole.dense(), torch.cat([one.dense() for one in parts]))
 
 
 def test_column_without_input_keeps_weights() -> None:

@@ -73,6 +73,7 @@ def test_memory_state(running, served) -> None:
     assert memory["counters"]["hits"] > 0
     report = served.report()
     assert memory["checkpoint"] == report["checkpoint"]
+    assert memory["dense_from"] == "checkpoint"
     assert memory["checkpoint"]["experts"] and memory["checkpoint"]["expert_bytes"] > 0
     for block in memory["blocks"]:
         assert block["resident"] == report["resident"][block["name"]]

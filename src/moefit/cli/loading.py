@@ -179,7 +179,7 @@ def _explain_plan(plan: Plan, chosen: Mapping[str, Any], drafts: int) -> Iterato
 
 def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> None:
     """Say what the model takes, and what would make it faster."""
-    say(_summary(served, options.experts))
+    say(_summary(served, options))
     obstacle = served.report()["prefetch"]["obstacle"]
     if served.prefetching.setting == PREGATED and not obstacle:
         early = "all layers are known before a token is computed, and read from then on"
@@ -196,13 +196,22 @@ def _say_summary(served: ServedModel, model: str, options: ServingOptions) -> No
         say(trained)
     for remark in served.report()["packed_ignored"][:3]:
         say(f"note: {remark}")
-    if "encoded" in served.report()["experts_from"]:
-        dtype = f" --dtype {options.dtype}" if options.dtype else ""
+    _say_what_packing_gains(served.report(), model, options)
+
+
+def _say_what_packing_gains(report: Mapping[str, Any], model: str, options: ServingOptions) -> None:
+    dtype = f" --dtype {options.dtype}" if options.dtype else ""
+    if "encoded" in report["experts_from"]:
         say(
             "note: experts are encoded each time they are read; faster once you have run: "
             f"moefit pack {shlex.quote(model)} --formats {options.to_pack}{dtype}"
         )
-    if nbytes := served.report()["unpacked_bytes"]:
+    if "encoded" in report["dense_from"] and not options.adapter:  # an adapter changes them
+        say(
+            "note: dense weights are encoded at each start; faster and in less memory once you "
+            f"have run: moefit pack {shlex.quote(model)} --dense-formats {options.dense}{dtype}"
+        )
+    if nbytes := report["unpacked_bytes"]:
         say(f"note: {packing_line(model, nbytes, options.dtype)}")
 
 
@@ -413,18 +422,28 @@ def loading() -> Iterator[Progress]:
         yield show
 
 
-def _summary(served: ServedModel, precision: str) -> str:
+def _summary(served: ServedModel, options: ServingOptions) -> str:
     report = served.report()
     slots, experts = sum(report["slots"].values()), sum(report["experts"].values())
     total = served.budget.total
     budget = "no budget" if total is None else f"a budget of {format_bytes(total)}"
-    formats = _formats(report, precision)
+    formats = _formats(report, options.experts)
+    dense = dense_line(options.dense, report["dense_from"])
     adapter = f", with the adapter {report['adapter']}" if report["adapter"] else ""
     kernels = f", kernels: {backend_status(served.model.device)}"
     return (
         f"{type(served.model).__name__} in {budget}: {slots:,} slots for {experts:,} experts, "
-        f"mode {report['mode']}{formats}{adapter}{kernels}"
+        f"mode {report['mode']}{formats}{dense}{adapter}{kernels}"
     )
+
+
+def dense_line(dense: str, source: str) -> str:
+    """Return in which format dense weights are, unless it is the model's own dtype.
+
+    >>> dense_line("int4", "packed"), dense_line("native", "checkpoint")
+    (', dense weights in int4, packed', '')
+    """
+    return "" if dense == NATIVE_PRECISION else f", dense weights in {dense}, {source}"
 
 
 def _formats(report: dict[str, Any], precision: str) -> str:

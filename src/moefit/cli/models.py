@@ -28,6 +28,7 @@ from moefit.cli.app import (
     say,
 )
 from moefit.cli.loading import (
+    dense_line,
     draft_memory,
     dropout_line,
     estimate_table,
@@ -292,7 +293,7 @@ def _describe_memory(
 ) -> None:
     """Print the memory estimate, and the minimum budget of each command."""
     skeleton = build_skeleton(folder_of(model), settings.dtype, settings.adapter)
-    packed = open_packed(skeleton, settings.formats())
+    packed = open_packed(skeleton, settings.formats(), [settings.dense_format()])
     budget = memory_budget(skeleton, settings, packed)
     start = initial_formats(skeleton, settings, budget, packed)  # raises below the minimum
     least = minimums(skeleton, settings, packed, budget)
@@ -303,6 +304,7 @@ def _describe_memory(
         chosen = {
             "precision": options.experts,
             "rest": options.dense,
+            "dense_from": packed.dense.source(settings.dense_format()),
             "kv_cache_dtype": budget.kv_dtype,
             "checkpoint": skeleton.stored().as_dict(),
             "unpacked_bytes": unpacked,
@@ -317,7 +319,9 @@ def _describe_memory(
             {**budget.as_dict(), **held, **chosen, "slots": slots, **start.as_dict(), **trained}
         )
         return
-    title = f"{model} ({_described(skeleton, options)}) in {options.memory or 'no budget'}"
+    source = packed.dense.source(settings.dense_format())
+    described = f"{_described(skeleton, options)}{dense_line(options.dense, source)}"
+    title = f"{model} ({described}) in {options.memory or 'no budget'}"
     Console().print(estimate_table(budget, start, title))
     Console().print(minimums_line(least, settings), soft_wrap=True)
     Console().print(escape(_stored(skeleton, budget)), soft_wrap=True)
@@ -367,8 +371,6 @@ def _described(skeleton: Skeleton, options: MemoryOptions) -> str:
     parts = [type(skeleton.model).__name__, str(skeleton.dtype).removeprefix("torch.")]
     if options.experts != NATIVE_PRECISION:
         parts.append(f"experts in {options.experts}")
-    if options.dense != NATIVE_PRECISION:
-        parts.append(f"dense weights in {options.dense}")
     return ", ".join(parts)
 
 

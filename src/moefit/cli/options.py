@@ -122,8 +122,8 @@ KvCacheOption = Annotated[
 DensePrecision = Annotated[
     str | None,
     advanced(
-        "Format of dense weights (all except experts), as --precision, but not auto. Default: the "
-        "checkpoint's, or the planner's choice."
+        "Format of dense weights (all except experts), as --precision, but not auto; those of "
+        "moefit pack --dense-formats are used. Default: the checkpoint's, or the planner's choice."
     ),
 ]
 Rest = Annotated[str | None, typer.Option("--rest", hidden=True, callback=_warn_renamed)]

@@ -32,8 +32,9 @@ from moefit.plan.reference import read_windows
 from moefit.quant.format import FORMATS, NATIVE, Format, parse_format
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton, held_formats
 from moefit.serve.memory.budget import format_bytes, parse_bytes
-from moefit.serve.packed.build import PackResult, Progress, check_packed, pack
+from moefit.serve.packed.build import PackResult, Progress, pack
 from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.packed.check import check_packed
 from moefit.serve.packed.kept import KINDS, Entry, entries, find, remove, remove_leftovers, unneeded
 from moefit.serve.prediction.fit_probes import ProbeResult, fit_probes, refuse_unpredictable
 from moefit.serve.prediction.probes import DEPTHS
@@ -55,7 +56,14 @@ def pack_model(
         option(
             f"Formats, separated by commas: {', '.join(_FORMATS)}. {NATIVE.name}: a quantised "
             f"checkpoint's own codes, the default for those that slots can hold. Other defaults: "
-            f"{_DEFAULT}, with --check all that are packed, and with --probes none."
+            f"{_DEFAULT}, with --check all that are packed, with --probes or --dense-formats none."
+        ),
+    ] = None,
+    dense_formats: Annotated[
+        str | None,
+        option(
+            "Formats of dense weights, for --dense-precision: attention, shared experts, "
+            "embeddings, output head."
         ),
     ] = None,
     dtype: DtypeOption = None,
@@ -85,16 +93,19 @@ def pack_model(
     """Skip files that are finished, so that an interrupted run resumes."""
     _refuse_combinations(check=check, force=force, text=text, memory=memory, probes=probes)
     skeleton = build_skeleton(folder_of(model), torch_dtype(dtype))
-    if formats is None and not check and not probes:
+    dense = _formats(dense_formats)
+    if formats is None and dense is None and not check and not probes:
         formats = _default(skeleton, calibrated=text is not None)
     chosen = _formats(formats)
     if check:
-        _check(skeleton, chosen, as_json=as_json)
+        _check(skeleton, chosen, dense, as_json=as_json)
         return
     if probes:
         refuse_unpredictable(skeleton)
     calibration = None if text is None else _calibration(skeleton, text, tokens, context, memory)
-    made = None if chosen is None else _pack(skeleton, chosen, calibration, force=force)
+    made = None
+    if chosen is not None or dense is not None:
+        made = _pack(skeleton, chosen or (), dense or (), calibration, force=force)
     if made is not None and not as_json:
         _say_result(made)
     fitted = None
@@ -167,6 +178,7 @@ def _probes_line(fitted: ProbeResult) -> str:
 def _pack(
     skeleton: Skeleton,
     formats: Sequence[Format],
+    dense_formats: Sequence[Format],
     calibration: CalibrationText | None,
     *,
     force: bool,
@@ -176,6 +188,7 @@ def _pack(
             skeleton,
             formats,
             calibration=calibration,
+            dense_formats=dense_formats,
             force=force,
             progress=bars("packing", format_bytes),
             calibrating=bars("calibrating", lambda windows: f"{windows} windows"),
@@ -209,19 +222,31 @@ def _say_result(made: PackResult) -> None:
             say(f"{name}: the checkpoint's own codes, as slots hold them")
         else:
             say(f"{name}: squared error {error:.2e} of the {of} squares, mean over experts")
+    for name, error in made.dense_errors.items():
+        say(f"dense {name}: squared error {error:.2e} of the {of} squares, mean over matrices")
 
 
-def _check(skeleton: Skeleton, chosen: Sequence[Format] | None, *, as_json: bool) -> None:
+def _check(
+    skeleton: Skeleton,
+    chosen: Sequence[Format] | None,
+    dense: Sequence[Format] | None,
+    *,
+    as_json: bool,
+) -> None:
     with _bars() as bars:
-        found = check_packed(skeleton, chosen, bars("checking", format_bytes))
+        progress = bars("checking", format_bytes)
+        found = check_packed(skeleton, chosen, progress, dense_formats=dense)
     if as_json:
         print_json(found.as_dict())
     if found.problems:
         more = f" (and {len(found.problems) - 3} more)" if len(found.problems) > 3 else ""
         raise CheckpointError("; ".join(found.problems[:3]) + more)
     if not as_json:
+        experts = f"{found.experts:,} experts in {', '.join(found.formats)}, " * bool(found.formats)
+        names = ", ".join(found.dense_formats)
+        dense_too = f"{found.matrices:,} dense matrices in {names}, " * bool(names)
         say(
-            f"sound: {found.experts:,} experts in {', '.join(found.formats)}, {found.files} files, "
+            f"sound: {experts}{dense_too}{found.files} files, "
             f"{format_bytes(found.bytes_read)}: {found.folder}"
         )
 

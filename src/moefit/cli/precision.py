@@ -155,7 +155,7 @@ def _candidate(skeleton: Skeleton, settings: LoadSettings) -> Candidate:
 
 def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:
     """Return what was chosen, what is known of its cost, and how long encoding takes."""
-    packed = open_packed(skeleton, settings.formats())
+    packed = open_packed(skeleton, settings.formats(), [settings.dense_format()])
     budget = memory_budget(skeleton, settings, packed)
     start = initial_formats(skeleton, settings, budget, packed)
     slots, experts = sum(budget.slots()), sum(block.num_experts for block in skeleton.blocks)

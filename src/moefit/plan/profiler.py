@@ -63,7 +63,11 @@ class Profiler:
         self._skeleton = build_skeleton(subject.folder, subject.dtype)
         if subject.rule is not None:
             check_rule(self._skeleton.model, Rule.parse(subject.rule))
-        self._packed = open_packed(self._skeleton, [parse_format(f) for f in experiments.FORMATS])
+        self._packed = open_packed(
+            self._skeleton,
+            [parse_format(one) for one in experiments.FORMATS],
+            [parse_format(one).dense_format for one in experiments.DENSE_FORMATS],
+        )
         self.facts = self._facts()
         self.path = path_for(self._skeleton, self.facts)
         measured = MeasurementContext(

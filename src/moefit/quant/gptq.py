@@ -18,7 +18,7 @@ from moefit.moe.families import Layout, Tensors
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.encode import LARGEST, check_finite, divisor, encode, encode_into, to_half
 from moefit.quant.format import Format, Weights
-from moefit.quant.grouped_int import GROUP, GroupedMatrix, groups_of, pack, to_slabs
+from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, GroupedMatrix, groups_of, pack, to_slabs
 from moefit.quant.moments import SecondMoments, moments_of
 
 _PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
@@ -84,11 +84,13 @@ def encode_gptq(
         if compiled:
             compiled.compensate(weight_RC, target, first, known, sweeps)
         else:
-            span = _ColumnSpan(weight_RC[:, first : first + known.cols], known, target.bits)
-            span.round()
-            if target.bits < 8:
-                span.sweep(sweeps)
-            span.write(target, first // GROUP)
+            parts = zip(target.split(), weight_RC.split(ROWS_AT_ONCE), strict=True)
+            for part, part_RC in parts:
+                span = _ColumnSpan(part_RC[:, first : first + known.cols], known, target.bits)
+                span.round()
+                if target.bits < 8:
+                    span.sweep(sweeps)
+                span.write(part, first // GROUP)
         first += known.cols
     to_slabs(target.codes_RB, target.meta_RMG)
 

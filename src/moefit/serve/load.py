@@ -83,7 +83,7 @@ def load_model(
     device = parse_device(settings.device)
     settings.check()
     skeleton = build_skeleton(Path(folder), settings.dtype, settings.adapter, mtp=settings.mtp)
-    packed = open_packed(skeleton, _formats_to_encode(settings))
+    packed = open_packed(skeleton, _formats_to_encode(settings), [settings.dense_format()])
     if settings.draft is not None:
         check_vocabulary(skeleton, draft_skeleton(settings))
     budget, probes = _budget(skeleton, settings, packed)
@@ -212,7 +212,9 @@ def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> S
         experts.depth, experts.index = (index + 0.5) / len(blocks), index
     _set_resident_order(skeleton, blocks)
     encoding = partial(progress, "dense weights")
-    model = load_dense_weights(skeleton, blocks, device, settings.dense_format(), encoding)
+    dense = settings.dense_format()
+    matrices = packed.dense.of(dense)
+    model = load_dense_weights(skeleton, blocks, device, dense, encoding, matrices)
     return_freed_memory()
     drop_library_pages()
     return ServedParts(

@@ -131,6 +131,9 @@ def report_of(parts: ServedParts, budget: MemoryBudget) -> dict[str, Any]:
         "experts_from": parts.store.source(
             {name: _encoded_format(one) for name, one in blocks.items()}
         ),
+        "dense_from": parts.store.packed.dense.source(
+            parts.placement_budget.settings.dense_format()
+        ),
         "checkpoint": parts.stored.as_dict(),
         "adapter": parts.adapter,
         "packed_ignored": list(parts.store.packed.ignored),

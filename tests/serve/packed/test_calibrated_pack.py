@@ -24,8 +24,9 @@ from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.load import load_model
 from moefit.serve.packed import build
-from moefit.serve.packed.build import PackResult, check_packed, pack
+from moefit.serve.packed.build import PackResult, pack
 from moefit.serve.packed.calibrate import CalibrationText, record_block_inputs
+from moefit.serve.packed.check import check_packed
 from moefit.serve.packed.store import PackedLocation, open_packed
 from moefit.serve.precision.allocate import AUTO_FORMATS, ladders_of
 from moefit.serve.windows import Windows

@@ -26,7 +26,8 @@ from moefit.folders import exclusive_folder
 from moefit.quant.format import DECODED, FORMATS, NATIVE, parse_format
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.packed import build, file
-from moefit.serve.packed.build import PackResult, check_packed, pack
+from moefit.serve.packed.build import PackResult, pack
+from moefit.serve.packed.check import check_packed
 from moefit.serve.packed.store import PackedLocation
 
 INT4, INT8 = parse_format("int4"), parse_format("int8")

@@ -25,8 +25,9 @@ from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed import store as packed_store
-from moefit.serve.packed.build import check_packed, pack
+from moefit.serve.packed.build import pack
 from moefit.serve.packed.calibrate import CalibrationText
+from moefit.serve.packed.check import check_packed
 from moefit.serve.packed.file import read_packed
 from moefit.serve.packed.store import PackedLocation, open_packed
 from moefit.serve.windows import Windows

@@ -8,7 +8,7 @@ Shapes: T tokens, D model width, I input features, O output features, R rows of 
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,19 @@ from moefit.serve.cache.slot import host_bytes
 _MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
 _ALIGNMENT = 64  # bytes: a cache line
 _MAX_DECODED_BYTES = 16 << 20  # decoded at a time; the output head has as many rows as tokens
+
+
+class EncodedMatrices(Protocol):
+    """Matrices that are encoded already, by the first name of the modules that use them."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names."""
+        ...
+
+    def read(self, name: str, into: GroupedMatrix) -> None:
+        """Fill a matrix. Raises CheckpointError if it is damaged or cannot be read."""
+        ...
 
 
 class GroupedLinear(nn.Module):
@@ -119,16 +132,23 @@ class GroupedEmbedding(nn.Module):
 def quantizable_modules(model: nn.Module, blocks: Collection[MoeBlock]) -> dict[str, nn.Module]:
     """Return the modules that `quantize_dense_weights` replaces, by name.
 
-    Modules with tied weights are listed under each of their names.
+    Modules with tied weights are listed under each of their names; none if a module of another
+    class has the weight too, such as an embedding that scales its outputs.
     """
     experts = tuple(f"{block.name}." for block in blocks)
     routers = tuple(f"{name}." for name in _routers(model, blocks))
+    found, others = {}, set[int]()
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            if not f"{name}.".startswith((*experts, *routers)):
+                found[name] = module
+        else:
+            others |= {id(one) for one in module._parameters.values()}
     return {
         name: module
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding)
-        and not f"{name}.".startswith((*experts, *routers))
-        and module.get_parameter("weight").numel() >= _MIN_WEIGHTS
+        for name, module in found.items()
+        if module.get_parameter("weight").numel() >= _MIN_WEIGHTS
+        and id(module.weight) not in others
     }
 
 
@@ -182,6 +202,7 @@ class DenseEncoder:
         blocks: The model's MoE blocks; their experts and routers are not replaced.
         device: That weights are on once they are loaded.
         progress: Callback with the number of matrices done and in total.
+        packed: Matrices that are read instead, whose weights need not be loaded at all.
     """
 
     def __init__(
@@ -191,40 +212,70 @@ class DenseEncoder:
         blocks: Collection[MoeBlock],
         device: torch.device,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        packed: EncodedMatrices | None = None,
     ):
         self._model, self._format, self._blocks = model, format, blocks
-        self._progress, self._done = progress, 0
+        self._progress, self._done, self._packed = progress, 0, packed
         self._made: dict[str, nn.Module] = {}
-        weights = _group_by_weight(quantizable_modules(model, blocks))
+        weights = modules_by_weight(quantizable_modules(model, blocks))
         self._total = len(weights)
-        self._arena = _Arena(weights if device.type == "cpu" else (), format.bits)
+        self._arena = _Arena(weights, format.bits) if device.type == "cpu" else None
 
     def encode(self, names: Collection[str] | None = None) -> None:
         """Encode the weights of modules, which are loaded; `place` replaces the modules.
 
-        Empty modules stand for them meanwhile, since transformers' loader would take the codes for
-        buffers that it has to initialise.
-
         Args:
             names: Of the modules; None for all that remain.
         """
-        remaining = quantizable_modules(self._model, self._blocks)
-        modules = remaining if names is None else {name: remaining[name] for name in names}
-        for weight, owners in _group_by_weight(modules).items():
-            matrix = self._arena.allocate(weight)
+        release_weights(self._model, self._blocks, self._encode, names)
+
+    def _encode(self, weight: Tensor, owners: Mapping[str, nn.Module]) -> None:
+        rows, cols = weight.shape
+        if self._arena is None or not weight.numel():
+            matrix = GroupedMatrix.empty(rows, cols, self._format.bits)
+        else:
+            matrix = self._arena.allocate(rows, cols)
+        first = next(iter(owners))
+        if self._packed is not None and first in self._packed.names:
+            self._packed.read(first, matrix)
+        else:
             encode_into(matrix, weight.detach(), self._format.encoder)
-            for name in owners:
-                self._made[name] = _quantized_module(modules[name], matrix, weight.dtype)
-                self._model.set_submodule(name, nn.Module())
-            weight.data = weight.new_empty(0)
-            self._done += 1
-            self._progress(self._done, self._total)
+        for name, module in owners.items():
+            self._made[name] = _quantized_module(module, matrix, weight.dtype)
+        self._done += 1
+        self._progress(self._done, self._total)
 
     def place(self) -> tuple[str, ...]:
         """Put the quantised modules in the model, and return their names."""
         for name, module in self._made.items():
             self._model.set_submodule(name, module)
         return tuple(self._made)
+
+
+def release_weights(
+    model: nn.Module,
+    blocks: Collection[MoeBlock],
+    use: Callable[[Tensor, Mapping[str, nn.Module]], None],
+    names: Collection[str] | None = None,
+) -> None:
+    """Pass each weight of modules that are encoded to a function, and free it then.
+
+    Empty modules stand for them from then on, since transformers' loader would take codes for
+    buffers that it has to initialise.
+
+    Args:
+        model: The model.
+        blocks: Its MoE blocks.
+        use: Takes a weight, and the modules that use it by name.
+        names: Of the modules; None for all that remain.
+    """
+    remaining = quantizable_modules(model, blocks)
+    modules = remaining if names is None else {name: remaining[name] for name in names}
+    for weight, owners in modules_by_weight(modules).items():
+        use(weight, {name: modules[name] for name in owners})
+        for name in owners:
+            model.set_submodule(name, nn.Module())
+        weight.data = weight.new_empty(0)
 
 
 class _Arena:
@@ -239,28 +290,33 @@ class _Arena:
 
     def __init__(self, weights: Collection[Tensor], bits: int):
         self._bits = bits
-        total = sum(map(self._size, weights))
+        total = sum(self._size(*weight.shape) for weight in weights)
         self._free_B = host_bytes(total) if total else torch.empty(0, dtype=torch.uint8)
 
-    def allocate(self, weight: Tensor) -> GroupedMatrix:
+    def allocate(self, rows: int, cols: int) -> GroupedMatrix:
         """Return an empty matrix for one of the weights."""
-        (rows, cols), bits = weight.shape, self._bits
-        if weight.device.type != "cpu" or not weight.numel():
-            return GroupedMatrix.empty(rows, cols, bits)
-        codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
-        size = self._size(weight)
+        size = self._size(rows, cols)
         mine_B, self._free_B = self._free_B[:size], self._free_B[size:]
-        codes_B, meta_B, _ = mine_B.split([codes, meta, size - codes - meta])
-        meta_RMG = meta_B.view(torch.float16).view(rows, meta_per_group(bits), -1)
-        return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
+        return matrix_over(mine_B, rows, cols, self._bits)
 
-    def _size(self, weight: Tensor) -> int:
-        rows, cols = weight.shape
-        size = codes_bytes(rows, cols, self._bits) + meta_bytes(rows, cols, self._bits)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+    def _size(self, rows: int, cols: int) -> int:
+        return -(-encoded_bytes(rows, cols, self._bits) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _group_by_weight(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:
+def matrix_over(buffer_B: Tensor, rows: int, cols: int, bits: int) -> GroupedMatrix:
+    """Return a matrix at the beginning of a buffer: codes, then scales and minima."""
+    codes, meta = codes_bytes(rows, cols, bits), meta_bytes(rows, cols, bits)
+    codes_B, meta_B = buffer_B[: codes + meta].split([codes, meta])
+    meta_RMG = meta_B.view(torch.float16).view(rows, meta_per_group(bits), -1)
+    return GroupedMatrix(bits, cols, codes_B.view(rows, -1), meta_RMG)
+
+
+def encoded_bytes(rows: int, cols: int, bits: int) -> int:
+    """Return the bytes of an encoded matrix."""
+    return codes_bytes(rows, cols, bits) + meta_bytes(rows, cols, bits)
+
+
+def modules_by_weight(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, list[str]]:
     """Return each distinct weight with the names of the modules that use it."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, module in modules.items():
@@ -316,7 +372,7 @@ def saved_bytes(
     """
     return sum(
         weight.numel() * itemsize - _encoded_bytes(weight, format)
-        for weight in _group_by_weight(quantizable_modules(model, blocks))
+        for weight in modules_by_weight(quantizable_modules(model, blocks))
     )
 
 
@@ -328,10 +384,10 @@ def largest_encoded(model: nn.Module, format: GroupedFormat, blocks: Collection[
         format: The format to encode in.
         blocks: Its MoE blocks.
     """
-    weights = _group_by_weight(quantizable_modules(model, blocks))
+    weights = modules_by_weight(quantizable_modules(model, blocks))
     return max((_encoded_bytes(weight, format) for weight in weights), default=0)
 
 
 def _encoded_bytes(weight: Tensor, format: GroupedFormat) -> int:
     rows, cols = weight.shape
-    return codes_bytes(rows, cols, format.bits) + meta_bytes(rows, cols, format.bits)
+    return encoded_bytes(rows, cols, format.bits)

@@ -5,16 +5,17 @@ itself converts and renames the dense weights: it is given a checkpoint and a mo
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
@@ -47,9 +48,9 @@ from moefit.folders import is_gguf
 from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 from moefit.quant.format import GroupedFormat
-from moefit.serve.hf.dense_groups import dense_groups
+from moefit.serve.hf.dense_groups import DenseGroups, dense_groups
 from moefit.serve.hf.mtp import make_last_layer_mtp, one_layer_more
-from moefit.serve.hf.quant_linear import DenseEncoder
+from moefit.serve.hf.quant_linear import DenseEncoder, EncodedMatrices, release_weights
 
 _MAX_COUNT = 2048  # layers or experts; models with more take long to build
 _MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
@@ -298,6 +299,7 @@ def load_dense_weights(
     device: torch.device,
     format: GroupedFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    packed: EncodedMatrices | None = None,
 ) -> PreTrainedModel:
     """Replace the experts by served ones and load all other weights.
 
@@ -307,21 +309,76 @@ def load_dense_weights(
         device: The device to load onto.
         format: Encode matrices in this format, in groups that are loaded one after the other.
         progress: Callback with the number of matrices encoded and of all.
+        packed: Matrices in that format, which are read instead of being encoded.
 
     Returns:
         The model in eval mode.
 
     Raises:
+        CheckpointError: Weights are missing or have another shape, or a packed matrix is damaged.
+    """
+    model, blocks = skeleton.model, skeleton.blocks
+    if format is None:
+        _replace_experts(skeleton, experts)
+        _load_in_groups(skeleton, device, DenseGroups((), 0), lambda names: None)
+        return model.eval()
+    groups = _groups_of(skeleton, () if packed is None else packed.names)
+    _replace_experts(skeleton, experts)
+    encoder = DenseEncoder(model, format, blocks, device, progress, packed)
+    _load_in_groups(skeleton, device, groups, encoder.encode)
+    encoder.encode()
+    encoder.place()
+    return model.eval()
+
+
+def visit_dense_weights(
+    skeleton: Skeleton,
+    use: Callable[[Tensor, Mapping[str, nn.Module]], None],
+    done: Collection[str] = (),
+) -> None:
+    """Load the weights that can be encoded, some at a time, and free each after it was used.
+
+    Args:
+        skeleton: The model, which is of no further use.
+        use: Takes a weight, and the modules that use it by name.
+        done: Names as in `EncodedMatrices`, of modules for which `use` is not called; their weights
+            are not loaded if that can be avoided.
+
+    Raises:
         CheckpointError: Weights are missing or have another shape.
     """
+    groups = _groups_of(skeleton, done)
+    _replace_experts(skeleton, {block.name: nn.Module() for block in skeleton.blocks})
+
+    def visit(weight: Tensor, owners: Mapping[str, nn.Module]) -> None:
+        if next(iter(owners)) not in done:
+            use(weight, owners)
+
+    release = partial(release_weights, skeleton.model, skeleton.blocks, visit)
+    _load_in_groups(skeleton, torch.device("cpu"), groups, release)
+    release()
+
+
+def _groups_of(skeleton: Skeleton, encoded: Collection[str]) -> DenseGroups:
+    dense = skeleton.map.dense_weights
+    return dense_groups(skeleton.model, dense, skeleton.blocks, skeleton.dtype, encoded)
+
+
+def _load_in_groups(
+    skeleton: Skeleton,
+    device: torch.device,
+    groups: DenseGroups,
+    encode: Callable[[Collection[str]], None],
+) -> None:
+    """Load dense weights; `encode` takes the names of each group's modules once it is loaded."""
     model = skeleton.model
     conversions = get_model_conversion_mapping(model)
     dense = skeleton.map.dense_weights
-    groups = (
-        () if format is None else dense_groups(model, dense, skeleton.blocks, skeleton.dtype).groups
-    )
-    _replace_experts(skeleton, experts)
-    lazy = {name: LazyTensor(skeleton.checkpoint, stored) for name, stored in dense.items()}
+    lazy = {
+        name: LazyTensor(skeleton.checkpoint, stored)
+        for name, stored in dense.items()
+        if name not in groups.skipped
+    }
     plan = LoadStateDictConfig(
         device_map={"": device},
         ignore_mismatched_sizes=True,  # raised below, with names
@@ -330,19 +387,14 @@ def load_dense_weights(
         weight_mapping=cast(Any, conversions),
     )
     loader = type(model)
-    encoder = format and DenseEncoder(model, format, skeleton.blocks, device, progress)
-    for group in groups:
-        part = {name: lazy.pop(name) for name in group.sources}
-        loader._load_pretrained_model(model, cast(Any, part), None, plan)
-        assert encoder is not None
-        encoder.encode(group.modules)
+    for group in groups.groups:
+        if part := {name: lazy.pop(name) for name in group.sources}:
+            loader._load_pretrained_model(model, cast(Any, part), None, plan)
+        encode(group.modules)
+    _forget_missing_ties(model)
     info, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
     info = loader._finalize_model_loading(model, plan, info)
     _refuse_missing(info, loader.__name__)
-    if encoder is not None:
-        encoder.encode()
-        encoder.place()
-    return model.eval()
 
 
 def _replace_experts(skeleton: Skeleton, experts: Mapping[str, nn.Module]) -> None:
@@ -354,7 +406,7 @@ def _replace_experts(skeleton: Skeleton, experts: Mapping[str, nn.Module]) -> No
             served.add_module(name, module)
         model.set_submodule(block.name, block.around(served))
         _skip_initialisation(model.get_submodule(block.parent))
-    _untie_experts(model)
+    _forget_missing_ties(model)
 
 
 def _refuse_missing(info: Any, family: str) -> None:
@@ -367,8 +419,9 @@ def _refuse_missing(info: Any, family: str) -> None:
         )
 
 
-def _untie_experts(model: PreTrainedModel) -> None:
-    """Untie experts that two blocks share: each block loads them, and the parameters are gone."""
+def _forget_missing_ties(model: PreTrainedModel) -> None:
+    """Untie parameters that are gone: of experts that two blocks share, which each block loads,
+    and of tied matrices that are encoded already."""
     existing = set(model.state_dict())
     tied = model.all_tied_weights_keys.items()
     model.all_tied_weights_keys = {

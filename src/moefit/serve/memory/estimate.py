@@ -183,17 +183,19 @@ def weight_bytes(stored: Iterable[StoredTensor], dtype: torch.dtype) -> int:
     )
 
 
-def encoding_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
+def encoding_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
     """Return the bytes of dense weights while they are being encoded; 0 if they are not.
 
-    These are all encoded ones, and the largest group that is loaded before it is encoded.
+    These are all encoded ones, and the largest group that is loaded before it is encoded, or what
+    packed ones are read through.
     """
-    if settings.dense_format() is None:
+    if (format := settings.dense_format()) is None:
         return 0
+    encoded = packed.dense.of(format).names
     groups = dense_groups(
-        skeleton.model, skeleton.map.dense_weights, skeleton.blocks, skeleton.dtype
+        skeleton.model, skeleton.map.dense_weights, skeleton.blocks, skeleton.dtype, encoded
     )
-    return _dense_bytes(skeleton, settings) + groups.peak
+    return _dense_bytes(skeleton, settings) + max(groups.peak, BOUNCE if encoded else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +272,7 @@ def memory_budget(
         raise refuse_int8(type(skeleton.model).__name__, reason)
     if settings.placement is not None:
         check_placement(settings.placement, skeleton.blocks)
-    packed = packed or open_packed(skeleton, settings.formats())
+    packed = packed or open_packed(skeleton, settings.formats(), [settings.dense_format()])
     on_gpu, is_auto = device.type != "cpu", settings.precision == AUTO_PRECISION
     tokenizer = TokenizerSize(0, 0) if on_gpu else tokenizer_size(skeleton.checkpoint.folder)
     first_use = _first_use(skeleton, settings, device)
@@ -283,7 +285,7 @@ def memory_budget(
         slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
-        encoding=encoding_bytes(skeleton, settings),
+        encoding=encoding_bytes(skeleton, settings, packed),
         weights=_dense_bytes(skeleton, settings) + probes + draft,
         probes=probes,
         draft=draft,

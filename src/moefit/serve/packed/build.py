@@ -1,14 +1,13 @@
-"""Build and verify a packed store.
+"""Build a packed store.
 
 `pack` reads every expert from the checkpoint, encodes it in each format, or keeps its codes, and
 writes one file per block and format. Files are written under a temporary name and renamed when
 complete.
-`check_packed` compares every packed expert with its checksum.
 """
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefit.checkpoint.safetensors import SpanReader, bytes_of
+from moefit.checkpoint.safetensors import bytes_of
 from moefit.errors import CheckpointError, ConfigError
 from moefit.folders import exclusive_folder
 from moefit.moe.families import MoeBlock, Tensors, TensorSpec
-from moefit.quant.format import FORMATS, NATIVE, Format, Weights, is_matrix
+from moefit.quant.format import NATIVE, Format, Weights, is_matrix
 from moefit.quant.gptq import CalibratedExpert
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.hf.skeleton import Skeleton
@@ -33,11 +32,11 @@ from moefit.serve.packed.calibrate import (
     RecordedInputs,
     record_block_inputs,
 )
+from moefit.serve.packed.dense_build import DensePackJob, dense_formats_of
 from moefit.serve.packed.file import (
     NO_DISK_SPACE,
     RECORDING,
     WRITING,
-    PackedFile,
     PackedMetadata,
     PackedWriter,
     file_bytes,
@@ -65,6 +64,7 @@ class PackResult:
         seconds: Duration.
         relative_errors: Mean error over all experts by format: |W - W^|^2 / |W|^2 of weights, or
             with calibration |y - y^|^2 / |y|^2 of outputs; 0 where codes are kept.
+        dense_errors: The same of dense matrices.
     """
 
     folder: Path
@@ -76,17 +76,19 @@ class PackResult:
     bytes_written: int = 0
     seconds: float = 0.0
     relative_errors: dict[str, float] = field(default_factory=dict)
+    dense_errors: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return JSON-serialisable values."""
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def pack(
+def pack(  # noqa: PLR0913 - keywords
     skeleton: Skeleton,
     formats: Sequence[Format],
     *,
     calibration: CalibrationText | None = None,
+    dense_formats: Sequence[Format] = (),
     force: bool = False,
     progress: Progress = lambda done, total: None,
     calibrating: Progress = lambda done, total: None,
@@ -100,8 +102,9 @@ def pack(
         calibration: Encode experts to minimise the error of their outputs on this text. Files
             packed without it, or with another text, are replaced. If None, existing files are kept
             whatever they were calibrated on.
+        dense_formats: Formats to pack dense weights in, in the same way.
         force: Replace existing files.
-        progress: Callback for packing, in bytes of the checkpoint's experts.
+        progress: Callback for packing, in bytes of the checkpoint's weights.
         calibrating: Callback for the calibration run, in windows of the text.
 
     Raises:
@@ -109,8 +112,10 @@ def pack(
         CheckpointError: Weights cannot be read or encoded, or files cannot be written. Finished
             files are kept, and the next call continues from there.
     """
+    dense = dense_formats_of(dense_formats)
     for format in formats:
-        _check_packable(format, skeleton)
+        check_packable(format, skeleton)
+    for format in (*formats, *dense):
         if calibration and not format.uses_calibration:
             raise _uncalibrated(format)
     versions = _versions(skeleton)
@@ -122,7 +127,8 @@ def pack(
     with exclusive_folder(location.folder, busy=busy):
         for leftover in location.folder.glob(f"*/.*{WRITING}"):  # of processes that were killed
             leftover.unlink(missing_ok=True)
-        job = _PackJob(skeleton, location, versions, formats, calibration, force=force)
+        others = DensePackJob(skeleton, location, dense, calibration, force=force)
+        job = _PackJob(skeleton, location, versions, formats, calibration, others, force=force)
         job.check_disk_space()
         try:
             job.record_inputs(calibrating)
@@ -144,7 +150,7 @@ def _versions(skeleton: Skeleton) -> Versions:
     return found
 
 
-def _check_packable(format: Format, skeleton: Skeleton) -> None:
+def check_packable(format: Format, skeleton: Skeleton) -> None:
     """Raise ConfigError if no block's slots of a format differ from what the checkpoint has."""
     if any(can_be_packed(format, block) for block in skeleton.blocks):
         return
@@ -172,20 +178,21 @@ def _uncalibrated(format: Format) -> ConfigError:
 class _PackJob:
     """One call of `pack`; decides which files to write."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is made by `pack`
         self,
         skeleton: Skeleton,
         location: PackedLocation,
         versions: Versions,
         formats: Sequence[Format],
         calibration: CalibrationText | None,
+        dense: DensePackJob,
         *,
         force: bool,
     ):
         self._skeleton, self._location, self._calibration = skeleton, location, calibration
         self._versions = versions
         self._recorded: RecordedInputs | None = None
-        self._replaced = 0
+        self._replaced, self._dense = dense.replaced, dense
         blocks = {block.name: block for block in skeleton.blocks}
         self._store = ExpertStore(skeleton.checkpoint, skeleton.map.experts, blocks)
         self._formats = list({format.name: format for format in formats}.values())
@@ -212,6 +219,7 @@ class _PackJob:
     def check_disk_space(self) -> None:
         """Raise CheckpointError if the files would not fit on the disk."""
         sizes = [self._size(f, index) for index, some in self._todo.items() for f in some]
+        sizes += self._dense.sizes
         free = shutil.disk_usage(self._location.folder).free
         if sum(sizes) > free:
             raise CheckpointError(
@@ -221,10 +229,11 @@ class _PackJob:
 
     def record_inputs(self, calibrating: Progress) -> None:
         """Record the inputs of experts on the calibration text, if any file is to be written."""
-        if self._calibration is not None and any(self._todo.values()):
-            folder = self._location.folder / RECORDING
+        needed = any(self._todo.values()) or self._dense.is_calibrated
+        if self._calibration is not None and needed:
+            folder, dense = self._location.folder / RECORDING, self._dense.is_calibrated
             self._recorded = record_block_inputs(
-                self._skeleton, self._calibration, folder, calibrating
+                self._skeleton, self._calibration, folder, calibrating, dense=dense
             )
 
     def _metadata(self, format: Format, index: int) -> PackedMetadata:
@@ -244,24 +253,33 @@ class _PackJob:
         total = sum(
             _passes(some) * s.nbytes for index, some in self._todo.items() for s in sources[index]
         )
+        total += self._dense.total
         result = PackResult(folder=self._location.folder, replaced=self._replaced)
         result.text = self._calibration.text if self._calibration else ""
+        result.skipped, result.files = self._dense.skipped, len(self._dense.sizes)
+        result.bytes_written = sum(self._dense.sizes)
         progress(0, total)
+
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
         for index, formats in self._todo.items():
             result.skipped += len(self._possible(index)) - len(formats)
             if not formats:
                 continue
-
-            def report(nbytes: int) -> None:
-                nonlocal done
-                done += nbytes
-                progress(done, total)
-
             self._pack_block(index, formats, report)
             result.files += len(formats)
             result.bytes_written += sum(self._size(format, index) for format in formats)
+        try:
+            inputs = self._recorded.dense if self._recorded else None
+            self._dense.run(report, inputs, self._check_unchanged)
+        except OSError as error:
+            raise self._write_error(error, max(self._dense.sizes), "a matrix") from error
         result.bytes_read, result.seconds = done, perf_counter() - began
         result.relative_errors = {format.name: self._mean_error(format) for format in self._formats}
+        result.dense_errors = self._dense.mean_errors()
         return result
 
     def _pack_block(
@@ -287,10 +305,11 @@ class _PackJob:
                 for writer in writers:
                     writer.commit()
         except OSError as error:
-            raise self._write_error(error, index, formats) from error
+            needed = sum(self._size(format, index) for format in formats)
+            raise self._write_error(error, needed) from error
 
     def _check_unchanged(self) -> None:
-        """Raise CheckpointError if experts may be of other files than the fingerprint."""
+        """Raise CheckpointError if weights may be of other files than the fingerprint."""
         if _versions(self._skeleton) != self._versions:
             raise CheckpointError(
                 f"the checkpoint in {self._location.source} has changed while it was packed; run "
@@ -347,19 +366,15 @@ class _PackJob:
         errors = [error for file in files for error in file.relative_errors]
         return sum(errors) / len(errors)
 
-    def _write_error(
-        self, error: OSError, index: int, formats: Sequence[Format]
-    ) -> CheckpointError:
+    def _write_error(self, error: OSError, needed: int, what: str = "a block") -> CheckpointError:
         folder = self._location.folder
         reason = error.strerror or str(error)
         if error.errno in NO_DISK_SPACE:
-            needed = sum(self._size(format, index) for format in formats)
             free = shutil.disk_usage(folder).free  # incomplete files are removed by now
-            reason = (
-                f"no space: a block takes {format_bytes(needed)}, {format_bytes(free)} are free"
-            )
+            sizes = f"takes {format_bytes(needed)}, {format_bytes(free)} are free"
+            reason = f"no space: {what} {sizes}"
         return CheckpointError(
-            f"cannot write packed experts into {folder}: {reason}; finished files are kept, and "
+            f"cannot write packed weights into {folder}: {reason}; finished files are kept, and "
             f"the same command continues from there; {_FREE_SPACE}"
         )
 
@@ -387,79 +402,3 @@ def _check_finite(
                 f"expert {expert} of {block}: {short} has weights that are not finite; copy or "
                 "download the checkpoint again"
             )
-
-
-@dataclass(slots=True, kw_only=True)
-class CheckResult:
-    """What `check_packed` found; `problems` lists damaged experts, invalid and missing files."""
-
-    folder: Path
-    formats: list[str] = field(default_factory=list)
-    files: int = 0
-    experts: int = 0
-    bytes_read: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return JSON-serialisable values."""
-        return {**asdict(self), "folder": str(self.folder)}
-
-
-def check_packed(
-    skeleton: Skeleton, formats: Sequence[Format] | None = None, progress: Progress | None = None
-) -> CheckResult:
-    """Verify the packed files of a checkpoint.
-
-    Args:
-        skeleton: The model.
-        formats: Formats to check; None for all that are packed.
-        progress: Callback with the bytes checked and in total.
-
-    Raises:
-        ConfigError: One of the formats cannot be packed.
-        CheckpointError: Nothing is packed.
-    """
-    for format in formats or ():
-        _check_packable(format, skeleton)
-    location = PackedLocation(skeleton)
-    existing = [format for format in FORMATS.values() if (location.folder / format.name).is_dir()]
-    if not existing:
-        raise CheckpointError(
-            f"nothing of {location.source} is packed in {location.folder}; run `moefit pack` first"
-        )
-    chosen = existing if formats is None else formats
-    result = CheckResult(folder=location.folder, formats=[format.name for format in chosen])
-    files: list[PackedFile] = []
-    for format in chosen:
-        for index, block in enumerate(skeleton.blocks):
-            if not can_be_packed(format, block):
-                continue
-            if not location.path(format, index).is_file():
-                result.problems.append(f"{block.name} is not packed in {format.name}")
-                continue
-            try:
-                files.append(location.open(format, index))
-            except CheckpointError as error:
-                result.problems.append(str(error))
-    total = sum(span.nbytes for file in files for span in file.spans)
-    with closing(SpanReader()) as reader:
-        for file in files:
-            _check_file(file, reader, result)
-            if progress is not None:
-                progress(result.bytes_read, total)
-    return result
-
-
-def _check_file(file: PackedFile, reader: SpanReader, result: CheckResult) -> None:
-    result.files += 1
-    for expert, span in enumerate(file.spans):
-        data = bytes_of(torch.empty(span.nbytes, dtype=torch.uint8))
-        result.experts += 1
-        result.bytes_read += span.nbytes
-        try:
-            reader.read_into(span, data)
-        except CheckpointError as error:
-            result.problems.append(str(error))
-            continue
-        if damage := file.damage(expert, data):
-            result.problems.append(damage)

@@ -1,4 +1,4 @@
-"""Record the inputs of every MoE block on a calibration text.
+"""Record the inputs of every MoE block, and of dense layers if asked for, on a calibration text.
 
 `record_block_inputs` runs the text through the served model in exact mode, under a memory budget,
 and writes the inputs and router weights of each block to two files. An interrupted run leaves no
@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moefit.checkpoint.model_folder import read_json
 from moefit.checkpoint.safetensors import bytes_of
 from moefit.errors import CheckpointError
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
+from moefit.serve.hf.quant_linear import quantizable_modules
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.load import load_model
 from moefit.serve.memory.budget import format_bytes
+from moefit.serve.packed.dense_inputs import DenseInputs, DenseRecorder
 from moefit.serve.windows import Windows
 
 MAX_OTHER_TOKENS = 512  # tokens of a block that an expert was not chosen for
@@ -53,10 +56,16 @@ class CalibrationText:
 
 
 class RecordedInputs:
-    """Recorded inputs of all blocks, stored in files of one folder."""
+    """Recorded inputs of all blocks, stored in files of one folder.
+
+    Attributes:
+        dense: Those of dense layers; None if they were not recorded.
+    """
 
     def __init__(self, folder: Path, metadata: dict[str, Any]):
         self._folder, self._metadata = folder, metadata
+        dense = metadata.get("dense")
+        self.dense = None if dense is None else DenseInputs(folder, dense)
 
     def block(self, index: int) -> "BlockInputs | None":
         """Return the inputs of block number `index`; None if no token reached the block."""
@@ -109,6 +118,8 @@ def record_block_inputs(
     calibration: CalibrationText,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    dense: bool = False,
 ) -> RecordedInputs:
     """Record the inputs of all blocks on a text, or reuse the recording in `folder`.
 
@@ -117,6 +128,7 @@ def record_block_inputs(
         calibration: The text and the memory budget.
         folder: Where the recording is stored. A recording of another text is replaced.
         progress: Callback with the number of windows done and in total.
+        dense: Record the inputs of dense layers too.
 
     Raises:
         CheckpointError: The disk has too little free space, or a block's inputs are not finite.
@@ -124,12 +136,14 @@ def record_block_inputs(
     """
     metadata = _read_metadata(folder)
     recorded = None if metadata is None else (metadata["digest"], len(metadata["blocks"]))
-    if metadata is not None and recorded == (calibration.digest, len(skeleton.blocks)):
+    enough = metadata is not None and ("dense" in metadata or not dense)
+    if enough and recorded == (calibration.digest, len(skeleton.blocks)):
+        assert metadata is not None
         return RecordedInputs(folder, metadata)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _check_disk_space(skeleton, calibration, folder)
-    metadata = _record(skeleton, calibration, folder, progress)
+    metadata = _record(skeleton, calibration, folder, progress, dense=dense)
     partial_file = folder / f".{_METADATA}"
     partial_file.write_text(json.dumps(metadata))
     partial_file.rename(folder / _METADATA)
@@ -148,10 +162,15 @@ def _read_metadata(folder: Path) -> dict[str, Any] | None:
     """Return the metadata of a finished recording; None if missing, damaged or inconsistent."""
     try:
         metadata = read_json(folder / _METADATA)
-        consistent = all(
-            _has_size(_inputs_file(folder, index), block, "width", getattr(torch, block["dtype"]))
-            and _has_size(_weights_file(folder, index), block, "experts", torch.float32)
-            for index, block in enumerate(metadata["blocks"])
+        consistent = (
+            all(
+                _has_size(
+                    _inputs_file(folder, index), block, "width", getattr(torch, block["dtype"])
+                )
+                and _has_size(_weights_file(folder, index), block, "experts", torch.float32)
+                for index, block in enumerate(metadata["blocks"])
+            )
+            and DenseInputs(folder, metadata.get("dense", {})).are_complete()
         )
         return metadata if consistent and isinstance(metadata["digest"], str) else None
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
@@ -170,7 +189,11 @@ def _check_disk_space(skeleton: Skeleton, calibration: CalibrationText, folder: 
     )
     windows = calibration.windows  # a token is read by one side of an encoder-decoder
     tokens = windows.targets + round(windows.source_tokens * len(windows))
-    needed, free = tokens * per_token, shutil.disk_usage(folder).free
+    _refuse_full_disk(tokens * per_token, folder)
+
+
+def _refuse_full_disk(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
             f"calibration takes {format_bytes(needed)} in {folder} until packing ends, but only "
@@ -184,6 +207,8 @@ def _record(
     calibration: CalibrationText,
     folder: Path,
     progress: Callable[[int, int], None],
+    *,
+    dense: bool,
 ) -> dict[str, Any]:
     """Run the text through the model, write the files and return their metadata."""
     windows = calibration.windows
@@ -199,17 +224,31 @@ def _record(
             stack.enter_context(_Recorder(experts, folder, index))
             for index, experts in enumerate(served.blocks.values())
         ]
+        others = None
+        if dense:
+            others = stack.enter_context(_dense_recorder(skeleton, served.model, folder))
+        run = served.model.base_model if others is None else served.model
         progress(0, len(windows))
         with torch.inference_mode():
             for row in range(len(windows)):
-                inputs = windows.inputs(row, served.model.device)
-                served.model.base_model(**inputs, use_cache=False)
+                run(**windows.inputs(row, served.model.device), use_cache=False)
+                if others is not None and row == 0:
+                    _refuse_full_disk(others.nbytes * (len(windows) - 1), folder)
                 progress(row + 1, len(windows))
         return {
             "digest": calibration.digest,
             "text": calibration.text,
             "blocks": [recorder.metadata for recorder in recorders],
+            **({} if others is None else {"dense": others.metadata}),
         }
+
+
+def _dense_recorder(skeleton: Skeleton, model: PreTrainedModel, folder: Path) -> DenseRecorder:
+    """Return a recorder of the linear layers that `--dense-precision` encodes."""
+    names = quantizable_modules(skeleton.model, skeleton.blocks)
+    modules = {name: model.get_submodule(name) for name in names}
+    linear = {name: one for name, one in modules.items() if isinstance(one, nn.Linear)}
+    return DenseRecorder(linear, model.get_output_embeddings(), folder)
 
 
 class _Recorder:

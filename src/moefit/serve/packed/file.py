@@ -1,9 +1,10 @@
-"""Packed file: the experts of one MoE block in one format, as the bytes of slots.
+"""Packed file: the experts of one MoE block in one format, or one dense matrix.
 
 A safetensors file whose header is padded with spaces to whole pages, followed by one uint8 tensor
-per expert with exactly the bytes of a slot. The header's metadata has a checksum and the measured
-error of each expert, what the file was made from, and a checksum of the metadata itself. Files are
-written under a temporary name, synced and renamed, so a file with its final name is complete.
+per expert with exactly the bytes of a slot, or by one with the bytes of the matrix. The header's
+metadata has a checksum and the measured error of each, what the file was made from, and a checksum
+of the metadata itself. Files are written under a temporary name, synced and renamed, so a file with
+its final name is complete.
 """
 
 import errno
@@ -13,18 +14,21 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moefit.checkpoint.safetensors import Span, read_header
+import torch
+
+from moefit.checkpoint.safetensors import Span, SpanReader, read_header
 from moefit.errors import CheckpointError, UnsupportedModelError
 
 LAYOUT = 3  # increase when the bytes of a slot or the header change
 WRITING = ".writing"  # suffix of incomplete files
 RECORDING = ".calibration"  # folder of inputs that were recorded for calibration
-_KIND = "experts packed by moefit"
+_KINDS = ("experts packed by moefit", "dense weights packed by moefit")
+_SAMPLE_BYTES = 4096  # of a tensor, for fingerprints
 NO_DISK_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -37,11 +41,12 @@ class PackedMetadata:
         format: Name of the format.
         encoder: Name of the format's encoder.
         dtype: Dtype of the checkpoint's weights.
-        block: Name of the MoE block.
+        block: Name of the MoE block, or of the first module that uses the matrix.
         source: Folder of the checkpoint.
         calibration: Digest of the calibration text; empty without calibration.
         text: Name of the calibration text, for display; empty without calibration.
         codes: Which codes of the checkpoint are kept, by tensor; empty if experts are encoded.
+        matrix: Rows and columns of a dense matrix; empty for experts.
     """
 
     fingerprint: str
@@ -53,6 +58,7 @@ class PackedMetadata:
     calibration: str = ""
     text: str = ""
     codes: str = ""
+    matrix: str = ""
 
     @property
     def kind(self) -> str:
@@ -72,8 +78,18 @@ class PackedFile:
 
     def damage(self, expert: int, data: memoryview) -> str | None:
         """Return an error message if `data` does not match the expert's checksum, else None."""
-        if zlib.crc32(data) == self.checksums[expert]:
+        return self.damage_by(expert, zlib.crc32(data))
+
+    def damage_by(self, expert: int, checksum: int) -> str | None:
+        """Return an error message if the expert, or the matrix, has another checksum."""
+        if checksum == self.checksums[expert]:
             return None
+        if self.metadata.matrix:
+            return (
+                f"{self.path} is damaged: {self.metadata.block} does not match its checksum; pack "
+                f"it again with `moefit pack --dense-formats {self.metadata.format} --force`, or "
+                "remove the file: the matrix is then encoded while the model is loaded"
+            )
         return (
             f"{self.path} is damaged: expert {expert} of {self.metadata.block} does not match "
             f"its checksum; pack {self.metadata.format} again with `moefit pack --force`, or "
@@ -89,7 +105,7 @@ def read_packed(path: Path) -> PackedFile:
     """
     try:
         header, spans = read_header(path)
-        if header.get("kind") != _KIND:
+        if header.get("kind") not in _KINDS:
             raise ValueError("it was not written by `moefit pack`")
         if int(header["layout"]) == LAYOUT:
             if header["remarks_checksum"] != _checksum(header):
@@ -121,6 +137,16 @@ def _parse(path: Path, header: Any, spans: list[Span]) -> PackedFile:
         checksums=checksums,
         relative_errors=errors,
     )
+
+
+def sample_of(reader: SpanReader, span: Span) -> bytes:
+    """Return up to 4 KiB from the middle of a tensor. Raises CheckpointError."""
+    size = min(_SAMPLE_BYTES, span.nbytes)
+    data = bytearray(size)
+    middle = span.offset + (span.nbytes - size) // 2
+    sample = replace(span, offset=middle, nbytes=size, shape=(size,), dtype=torch.uint8)
+    reader.read_into(sample, memoryview(data))
+    return bytes(data)
 
 
 def file_bytes(metadata: PackedMetadata, num_experts: int, block_bytes: int) -> int:
@@ -203,7 +229,7 @@ def _header(
 ) -> bytes:
     """Return the header; its length does not depend on the checksums and errors."""
     header = {
-        "kind": _KIND,
+        "kind": _KINDS[bool(metadata.matrix)],
         "layout": str(LAYOUT),
         **asdict(metadata),
         "checksums": " ".join(f"{one:08x}" for one in checksums),

@@ -19,6 +19,7 @@ from moefit.checkpoint.model_folder import settings_file
 from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.folders import cache_root, exclusive_folder
 from moefit.quant.format import parse_format
+from moefit.serve.packed.dense import DENSE
 from moefit.serve.packed.file import RECORDING, WRITING, read_packed
 from moefit.serve.prediction.probes import FILE, source_of
 
@@ -205,7 +206,9 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
         source = fitted_to
         formats.append("probes")
     for one in _subfolders(folder):
-        first = next(iter(sorted(one.glob("block-*.safetensors"))), None)
+        is_dense = one.name.startswith(DENSE)
+        pattern = "*.safetensors" if is_dense else "block-*.safetensors"
+        first = next(iter(sorted(one.glob(pattern))), None)
         if first is None:
             if one.name == RECORDING:
                 formats.append("a recording for calibration")
@@ -217,7 +220,8 @@ def _packed(folder: Path) -> tuple[str, tuple[str, ...], str]:
             continue
         source = metadata.source
         if _encoder(metadata.format) == metadata.encoder:
-            formats.append(f"{one.name} with text" if metadata.calibration else one.name)
+            name = f"dense {metadata.format}" if is_dense else one.name
+            formats.append(f"{name} with text" if metadata.calibration else name)
         else:
             reasons.append(f"{one.name} was encoded by another version")
     if source and not settings_file(Path(source)).is_file():

@@ -21,13 +21,13 @@ from moefit.checkpoint.sources import ExpertSource
 from moefit.errors import CheckpointError
 from moefit.folders import cache_root, is_gguf
 from moefit.moe.families import MoeBlock
-from moefit.quant.format import NATIVE, Format, keeps_codes
+from moefit.quant.format import NATIVE, Format, GroupedFormat, keeps_codes
 from moefit.serve.cache.slot import Slot
 from moefit.serve.hf.skeleton import Skeleton
-from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed
+from moefit.serve.packed.dense import DENSE, PackedDense, open_dense
+from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed, sample_of
 
 _SAMPLED_EXPERTS = 16  # per block, for the fingerprint
-_SAMPLE_BYTES = 4096  # per sampled expert
 
 
 class PackedStore:
@@ -37,13 +37,20 @@ class PackedStore:
     is known of it, does not serve.
 
     Attributes:
+        dense: Packed dense weights.
         ignored: For each file that exists but is not used, the reason.
     """
 
-    def __init__(self, files: Mapping[tuple[str, str], PackedFile], ignored: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        files: Mapping[tuple[str, str], PackedFile],
+        ignored: tuple[str, ...] = (),
+        dense: PackedDense | None = None,
+    ):
+        self.dense = PackedDense() if dense is None else dense
         self._reader = SpanReader()
         self._files = {key: _Opened(file, self._reader) for key, file in files.items()}
-        self.ignored = ignored
+        self.ignored = (*ignored, *self.dense.ignored)
         self._verified: set[tuple[Path, tuple[int, int], int]] = set()
         self._lock = threading.Lock()
         self._newer: list[SpanReader] = []  # of files that were packed again
@@ -129,7 +136,8 @@ class PackedStore:
     def texts(self) -> list[str]:
         """Return the names of the calibration texts."""
         about = [one.file.metadata for one in self._files.values()]
-        return sorted({metadata.text for metadata in about if metadata.calibration})
+        experts = {metadata.text for metadata in about if metadata.calibration}
+        return sorted(experts | self.dense.texts)
 
     def close(self) -> None:
         """Close all files."""
@@ -182,21 +190,25 @@ def unpacked_bytes(blocks: Iterable[tuple[MoeBlock, Format, int]], packed: Packe
     return sum(block.num_experts * NATIVE.nbytes(block.layout.specs) for block, _ in unpacked)
 
 
-def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
+def open_packed(
+    skeleton: Skeleton, formats: Iterable[Format], dense: Iterable[GroupedFormat | None] = ()
+) -> PackedStore:
     """Return the packed store of a checkpoint, which may be empty.
 
     Args:
         skeleton: The model; its dtype must be the one that was packed.
-        formats: Formats to look for.
+        formats: Formats of experts to look for.
+        dense: Formats of dense weights to look for; None stands for the checkpoint's own.
     """
     wanted = [
         (format, index, block)
         for format in formats
-        if format.is_encoded or next(packed_root().glob(f"*/{format.name}"), None)
+        if format.is_encoded or _any_has(format.name)
         for index, block in enumerate(skeleton.blocks)
         if can_be_packed(format, block)
     ]
-    if not wanted:  # the fingerprint need not be computed
+    dense = [one for one in dense if one is not None and _any_has(f"{DENSE}{one.name}")]
+    if not wanted and not dense:  # the fingerprint need not be computed
         return PackedStore({})
     location = PackedLocation(skeleton)
     files: dict[tuple[str, str], PackedFile] = {}
@@ -207,9 +219,15 @@ def open_packed(skeleton: Skeleton, formats: Iterable[Format]) -> PackedStore:
                 files[block.name, format.name] = location.open(format, index)
         except (CheckpointError, OSError) as error:  # OSError: no permission, for example
             ignored.append(str(error))
-    if not files and not ignored:
+    found = open_dense(skeleton, location.folder, location.fingerprint, dense)
+    if not files and not ignored and not found:
         ignored = outdated(location)
-    return PackedStore(files, tuple(ignored))
+    return PackedStore(files, tuple(ignored), found)
+
+
+def _any_has(name: str) -> bool:
+    """Return whether any checkpoint has a folder of this name in the packed stores."""
+    return next(packed_root().glob(f"*/{name}"), None) is not None
 
 
 class PackedLocation:
@@ -293,12 +311,13 @@ def outdated(location: PackedLocation) -> list[str]:
     """Return a message for each packed store of an earlier checkpoint in the same folder."""
     messages: list[str] = []
     for folder in sorted(packed_root().glob("*-*")):
-        first = next(folder.glob("*/block-*.safetensors"), None)
+        first = next(folder.glob("*/*.safetensors"), None)
         if folder == location.folder or first is None:
             continue
         with suppress(CheckpointError, OSError):
             metadata = read_packed(first).metadata
-            if metadata.source == location.source and metadata.fingerprint != location.fingerprint:
+            of_experts = metadata.fingerprint.split(" ")[0]  # a dense matrix's has more
+            if metadata.source == location.source and of_experts != location.fingerprint:
                 messages.append(
                     f"{folder} was packed from another checkpoint, which was in "
                     f"{location.source} then; it is not used and can be removed"
@@ -350,13 +369,3 @@ def _sampled(sources: Sequence[ExpertSource]) -> Iterator[Span]:
     for place, turn in enumerate(turns):
         spans = sources[experts[place % len(experts)]].spans
         yield spans[turn % len(spans)]
-
-
-def sample_of(reader: SpanReader, span: Span) -> bytes:
-    """Return up to 4 KiB from the middle of a tensor. Raises CheckpointError."""
-    size = min(_SAMPLE_BYTES, span.nbytes)
-    data = bytearray(size)
-    middle = span.offset + (span.nbytes - size) // 2
-    sample = replace(span, offset=middle, nbytes=size, shape=(size,), dtype=torch.uint8)
-    reader.read_into(sample, memoryview(data))
-    return bytes(data)

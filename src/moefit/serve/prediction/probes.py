@@ -10,7 +10,6 @@ file that does not fit is ignored, and a note gives the reason.
 Shapes: T tokens, D model width, E experts.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -30,8 +29,9 @@ from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.budget import format_bytes
+from moefit.serve.packed.dense import dense_digest
 from moefit.serve.packed.file import WRITING
-from moefit.serve.packed.store import PackedLocation, packed_root, sample_of
+from moefit.serve.packed.store import PackedLocation, packed_root
 from moefit.serve.prediction.next_router import LinearMap, NextRouter, obstacle, preferences
 from moefit.serve.prediction.pregated import is_pregated
 
@@ -349,17 +349,6 @@ def place_name(index: int, ahead: int) -> str:
     '3.1'
     """
     return f"{index}.{ahead}"
-
-
-def dense_digest(skeleton: Skeleton) -> str:
-    """Return a hash of the middle of each dense weight, which further training changes."""
-    digest = hashlib.sha256()
-    with closing(SpanReader()) as reader:
-        for name, stored in sorted(skeleton.map.dense_weights.items()):
-            for span in stored.spans:
-                digest.update(f"{name} {span.dtype} {span.shape}\n".encode())
-                digest.update(sample_of(reader, span))
-    return digest.hexdigest()[:32]
 
 
 def source_of(path: Path) -> str:

@@ -232,6 +232,8 @@ class MemoryState(BaseModel):
         everything_in: Budget that holds all experts, by format, where formats differ.
         checkpoint: Formats of the checkpoint, and which of them slots hold.
         adapter: The folder of the adapter that is applied; null if there is none.
+        dense_from: Where dense weights are from: the checkpoint as they are, encoded while
+            loading, or packed.
         kv_cache_dtype: What the KV cache holds: values in a dtype, or int8.
         kv_tokens: Tokens that the KV cache holds now.
         kv_tokens_reserved: Tokens that it holds from the start, and at least.
@@ -262,6 +264,7 @@ class MemoryState(BaseModel):
     plan: PlanSummary | None
     checkpoint: CheckpointFormats
     adapter: str | None
+    dense_from: str
     kv_cache_dtype: str | None
     kv_tokens: int
     kv_tokens_reserved: int
@@ -292,7 +295,7 @@ def memory_state(service: Service) -> MemoryState:
         limits = dict(zip(limits, (*live.limits, live.limits[1]), strict=True))
     same = (
         "mode", "prefill", "kv_cache_dtype", "process_bytes", "peak_process_bytes", "slot_bytes",
-        "spare_bytes", "checkpoint", "adapter",
+        "spare_bytes", "checkpoint", "adapter", "dense_from",
     )  # fmt: skip
     return MemoryState(
         model=service.settings.name,
