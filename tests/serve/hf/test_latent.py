@@ -220,13 +220,17 @@ def test_loading_counts_and_reads_nothing(tmp_path: Path) -> None:
             assert torch.equal(decoded(loaded.model), wanted)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}],
-    ids=("greedy", "beams", "drafts"),
-)
-def test_generation(how: dict[str, int], tmp_path: Path) -> None:
-    """Beams reorder the cache, and wrong drafts are cropped from it."""
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "drafts": {"prompt_lookup_num_tokens": 4},
+    "static": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("how", GENERATION.values(), ids=list(GENERATION))
+def test_generation(how: dict[str, Any], tmp_path: Path) -> None:
+    """Beams reorder the cache, wrong drafts are cropped, and a static one has room behind it."""
     with served("deepseek_v3", tmp_path, sizes=SIZES, dtype=torch.float32) as loaded:
         ids_1T = tokens(1, 6).repeat(1, 4)
         settings_: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, **how}
