@@ -13,10 +13,12 @@ from tiny_served import saved, tiny
 
 from moefit.engine.api import EngineSettings, TokenEvent
 from moefit.engine.engine import Engine
+from moefit.engine.prefix import files
 from moefit.engine.prefix.files import fingerprint_of
 from moefit.engine.prefix.store import PrefixStore
 from moefit.engine.prefix.tree import Prefix
 from moefit.errors import ConfigError
+from moefit.quant.cpu_kernels import VERSION
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 
@@ -136,7 +138,7 @@ def test_a_limit_below_one_file_is_refused(served, tmp_path, caplog) -> None:
         assert "are free on its disk" in caplog.text
 
 
-def test_other_models_have_other_fingerprints(folder, tmp_path) -> None:
+def test_other_models_and_kernels_have_other_fingerprints(folder, tmp_path, monkeypatch) -> None:
     changed = tiny("Olmoe", **WIDER)
     with torch.no_grad():
         changed.model.layers[0].self_attn.k_proj.weight[3, 3] += 0.5
@@ -145,7 +147,12 @@ def test_other_models_have_other_fingerprints(folder, tmp_path) -> None:
         (folder, "model"), (folder, "int8"), (saved(changed, tmp_path), "model"), (folder, "model"),
     ):  # fmt: skip
         with load_model(where, LoadSettings(context=256, kv_cache=kv_cache)) as served:
-            names.add(fingerprint_of(served, Engine(served)._runner.cache.pool))
+            pool = Engine(served)._runner.cache.pool
+            names.add(fingerprint_of(served, pool))
+            if len(names) == 3:
+                monkeypatch.setattr(files, "VERSION", VERSION + 1)
+                assert fingerprint_of(served, pool) not in names
+                monkeypatch.undo()
     assert len(names) == 3
 
 

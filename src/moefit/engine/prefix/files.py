@@ -27,6 +27,7 @@ from moefit.engine.runners import Runner, VarlenRunner
 from moefit.engine.scheduler import Scheduler
 from moefit.errors import ConfigError
 from moefit.quant.backend import backend_status
+from moefit.quant.cpu_kernels import VERSION
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.model import ServedModel
@@ -170,7 +171,7 @@ def fingerprint_of(served: ServedModel, pool: KvPool) -> str:
     skeleton = build_skeleton(served.folder, settings.dtype, settings.adapter)
     digest = hashlib.sha256(fingerprint(skeleton).encode())
     software = (moefit.__version__, torch.__version__, transformers.__version__)
-    kernels = backend_status(served.model.device)
+    kernels = backend_status(served.model.device), VERSION
     known = (software, kernels, pool.layout(), str(served.model.config), settings.dense_precision)
     digest.update(repr(known).encode())
     for name, tensor in sorted(_dense_tensors(served.model)):
