@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from moefit.checkpoint.gguf.header import GgufHeader
 from moefit.checkpoint.gguf.tokenizer import SPLITS, tokenizer_of
@@ -117,6 +118,15 @@ def test_deepseek_splits_at_cases_and_scripts() -> None:
         *("ab", " Cd", ",", " ", "漢字", "12", " 𝐀", "\n")
     ]
     assert pieces("deepseek-coder", "ab, 漢字12") == ["ab", ",", " ", "漢字", "1", "2"]
+
+
+def test_marks_belong_to_words_of_qwen35() -> None:
+    text = "cafe\u0301s, it\u2019S I'M 12 \u0905\u093f!\n\n  \u0301x"
+    split = pre_tokenizers.Split(Regex(SPLITS["qwen35"][0]), behavior="isolated")
+    judge = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    assert split.pre_tokenize_str(text) == judge.pre_tokenize_str(text)
+    older = pre_tokenizers.Split(Regex(SPLITS["qwen2"][0]), behavior="isolated")
+    assert split.pre_tokenize_str(text) != older.pre_tokenize_str(text)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama-bpe"])

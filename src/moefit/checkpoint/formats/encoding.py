@@ -205,7 +205,7 @@ class EncodedTensor:
             return
         tensors = {purpose: span.read(reader) for purpose, span in self.parts}
         with _named(self):
-            self.encoding.decode_into(tensors, out.view(self.shape[-2:]))
+            self.encoding.decode_into(tensors, out.view(self.encoding.shape(dict(self.parts))))
 
     @property
     def scaled_codes(self) -> ScaledCodes | None:

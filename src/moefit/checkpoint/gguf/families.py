@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from moefit.checkpoint.gguf.delta_net import JOINT, SPLIT
+
 _EXPERT_WIDTH = ("expert_feed_forward_length", "moe_intermediate_size")
 _SHARED_WIDTH = ("expert_shared_feed_forward_length", "shared_expert_intermediate_size")
 PARTS = ("gate", "up", "down")
@@ -19,6 +21,7 @@ _LLAMA = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 Joined = Literal["", "in_turn", "above"]
 """How a model holds gate and up of all experts in one tensor: not, rows in turn, gate above up."""
+DeltaNet = Literal["", "joint", "split"]
 _MLPS = {
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
@@ -53,6 +56,7 @@ _DEEPSEEK_READS = (
     "rope.dimension_count",
     "rope.scaling.yarn_log_multiplier",
 )
+_DELTA_NET_READS = ("rope.dimension_count",)
 _GRANITE_READS = ("attention.scale", "embedding_scale", "logit_scale", "residual_scale")
 
 
@@ -76,6 +80,10 @@ class Family:
         constants: Settings of config.json that the graph implies.
         reads: Settings of the metadata that most graphs do not have.
         writable: Whether `moefit export` writes it.
+        omits: Settings of most models that config.json of this family does not have.
+        delta_net: How projections of gated delta nets are stored, if most layers are such nets
+            (`delta_net.py`): `joint` as one for each key and its values, `split` as several, with
+            heads of values in ggml's order. Weights of norms are then stored plus one.
     """
 
     architecture: str
@@ -91,6 +99,8 @@ class Family:
     constants: Mapping[str, object] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     writable: bool = True
+    omits: tuple[str, ...] = ()
+    delta_net: DeltaNet = ""
 
 
 FAMILIES = {
@@ -119,6 +129,28 @@ FAMILIES = {
         renormalizes=True,
         fields=(_EXPERT_WIDTH,),
         constants={"norm_topk_prob": True, "use_sliding_window": False},
+    ),
+    "qwen3_next": Family(
+        architecture="qwen3next",
+        renormalizes=True,
+        fields=(_EXPERT_WIDTH, _SHARED_WIDTH),
+        layer=JOINT,
+        constants={"norm_topk_prob": True, "attention_bias": False},
+        reads=_DELTA_NET_READS,
+        writable=False,
+        omits=("intermediate_size",),
+        delta_net="joint",
+    ),
+    "qwen3_5_moe_text": Family(
+        architecture="qwen35moe",
+        renormalizes=True,
+        fields=(_EXPERT_WIDTH, _SHARED_WIDTH),
+        layer=SPLIT,
+        constants={"attention_bias": False},
+        reads=_DELTA_NET_READS,
+        writable=False,
+        omits=("intermediate_size",),
+        delta_net="split",
     ),
     "gpt_oss": Family(
         architecture="gpt-oss",

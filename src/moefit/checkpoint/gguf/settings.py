@@ -82,7 +82,8 @@ def settings_of(header: GgufHeader) -> dict[str, Any]:
     _refuse_settings(metadata, family)
     values: dict[str, Any] = {"model_type": model_type, **family.constants}
     for key, name, kind in _COMMON:
-        values[name] = metadata.get(key, kind)
+        if name not in family.omits:
+            values[name] = metadata.get(key, kind)
     for key, name in family.fields:
         values[name] = metadata.get(key, int, _implied(key, header))
     values[family.count] = metadata.get("expert_count", int)
@@ -172,6 +173,14 @@ class _Metadata:
         """Return whether a value is absent, or one of these."""
         name = f"{self._header.architecture}.{key}"
         return _one_of_equals(self._header.metadata.get(name, values[0])) in values
+
+    def numbers(self, key: str) -> list[int]:
+        """Return a list of numbers; empty if there is none. Raises CheckpointError if odd."""
+        name = f"{self._header.architecture}.{key}"
+        found = self._header.metadata.get(name, [])
+        if not isinstance(found, list) or any(type(one) not in (int, bool) for one in found):
+            raise CheckpointError(f"{self._header.path} has {name}={found!r}, which is no list")
+        return [int(one) for one in found]
 
     def text(self, key: str, default: str) -> str:
         """Return a text."""
@@ -387,6 +396,71 @@ def _of_granite(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _of_delta_net(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what gated delta nets need, and which layers have attention instead."""
+    metadata = _Metadata(header)
+    predicts = metadata.get("nextn_predict_layers", int, 0)
+    keys, heads = metadata.get("ssm.group_count", int), metadata.get("ssm.time_step_rank", int)
+    width = metadata.get("ssm.inner_size", int)
+    found = {one.shape for name, one in header.tensors.items() if name.endswith(".ssm_a")}
+    if not keys or not heads or heads % keys or width % heads or found != {(heads,)}:
+        shapes = " and ".join(str([*shape]) for shape in sorted(found))
+        raise CheckpointError(
+            f"{header.path} divides {width} units of values into {heads} heads, for {keys} heads "
+            "of keys (ssm.inner_size, ssm.time_step_rank, ssm.group_count), and has decays ssm_a "
+            f"{shapes or 'for none'}; copy or download the file again"
+        )
+    rotated = metadata.get("rope.dimension_count", int, values["head_dim"])
+    if rotated % 2 or not 0 < rotated <= values["head_dim"]:
+        raise CheckpointError(
+            f"{header.path} rotates {rotated} of the {values['head_dim']} units of a head "
+            "(rope.dimension_count), which cannot be; copy or download the file again"
+        )
+    layers = values["num_hidden_layers"] - predicts
+    return _sections(metadata, values, rotated // 2) | {
+        "num_hidden_layers": layers,
+        "num_nextn_predict_layers": predicts,
+        "layer_types": _layer_types(metadata, layers, layers + predicts),
+        "linear_conv_kernel_dim": metadata.get("ssm.conv_kernel", int),
+        "linear_key_head_dim": metadata.get("ssm.state_size", int),
+        "linear_value_head_dim": width // heads,
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": heads,
+    }
+
+
+def _layer_types(metadata: _Metadata, layers: int, blocks: int) -> list[str]:
+    """Return the kind of each layer: from a list, or from how often there is attention."""
+    linear = metadata.numbers("attention.recurrent_layers")
+    if not linear:
+        interval = metadata.get("full_attention_interval", int, 4)
+        linear = [interval > 0 and (layer + 1) % interval for layer in range(blocks)]
+    if len(linear) != blocks:
+        raise CheckpointError(
+            f"{metadata.path} has {blocks} layers, but attention.recurrent_layers has "
+            f"{len(linear)}; copy or download the file again"
+        )
+    return ["linear_attention" if one else "full_attention" for one in linear[:layers]]
+
+
+def _sections(metadata: _Metadata, values: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """Return how rotated units are shared between time, height and width, in turn.
+
+    Positions of text are the same in all three; llama.cpp gives units that no section has another
+    position.
+    """
+    found = metadata.numbers("rope.dimension_sections")
+    if not found or values["model_type"] == "qwen3_next":
+        return {}
+    sections, rotary = [*found, 0, 0, 0][:3], values["rope_parameters"]
+    if any(found[3:]) or any(pair >= 3 * sections[pair % 3] for pair in range(pairs)):
+        raise _unsupported_setting(
+            metadata, f"rope.dimension_sections to {found}, which do not cover {pairs} rotations,"
+        )
+    more = {"mrope_section": sections, "mrope_interleaved": True}
+    return {"rope_parameters": rotary | more}
+
+
 _ADDED: dict[str, Callable[[GgufHeader, dict[str, Any]], dict[str, Any]]] = {
     "deepseek_v2": _of_deepseek,
     "deepseek_v3": _of_deepseek,
@@ -395,4 +469,6 @@ _ADDED: dict[str, Callable[[GgufHeader, dict[str, Any]], dict[str, Any]]] = {
     "granitemoe": _of_granite,
     "granitemoeshared": _of_granite,
     "qwen2_moe": _of_qwen2,
+    "qwen3_5_moe_text": _of_delta_net,
+    "qwen3_next": _of_delta_net,
 }

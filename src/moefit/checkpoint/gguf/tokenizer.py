@@ -38,6 +38,10 @@ _CASED = (
 _SLASHES = f" ?[^\\s\\p{{L}}\\p{{N}}]+[\\r\\n/]*|{_SPACES}"
 _GPT2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 _QWEN2 = f"{_ENDINGS}|{_LETTERS}|\\p{{N}}|{_SYMBOLS}"
+_QWEN35 = (  # marks belong to words
+    f"{_ENDINGS}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}|"
+    f" ?[^\\s\\p{{L}}\\p{{M}}\\p{{N}}]+[\\r\\n]*|{_SPACES}"
+)
 _LLAMA3 = f"{_ENDINGS}|{_LETTERS}|\\p{{N}}{{1,3}}|{_SYMBOLS}"
 _GPT4O = f"{_CASED % (f'{_ENDINGS}?', f'{_ENDINGS}?')}|\\p{{N}}{{1,3}}|{_SLASHES}"
 _TEKKEN = f"{_CASED % ('', '')}|\\p{{N}}|{_SLASHES}"
@@ -75,6 +79,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "refact": ("\\p{N}", _GPT2),
     "starcoder": ("\\p{N}", _GPT2),
     "qwen2": (_QWEN2,),
+    "qwen35": (_QWEN35,),
     "deepseek-r1-qwen": (_QWEN2,),
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),

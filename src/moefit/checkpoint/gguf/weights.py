@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moefit.checkpoint.formats.encoding import EncodedTensor
+from moefit.checkpoint.gguf.delta_net import PIECES, Heads, joint_projection, weight_of
 from moefit.checkpoint.gguf.encoding import GateAboveUp, GgmlBlocks, Interleaved, LatentHeads
 from moefit.checkpoint.gguf.families import (
     FAMILIES,
@@ -63,13 +64,13 @@ def weights_of(
                 weights.update(_of_experts(family, expert, one, dtype))
             else:
                 stacks.setdefault((expert.layer, expert.suffix), {})[expert.part] = one
-        elif (piece := _piece_of(family, name)) is not None:
+        elif (piece := _piece_of(family, settings, name)) is not None:
             pieces.setdefault(piece[0], {})[piece[1]] = one
         elif (parameter := name_in_model(family, name)) is not None:
             weights[parameter] = _dense(family, settings, name, parameter, one, dtype)
         else:
             unknown.append(name)
-    weights.update(_joined(family, stacks, pieces, dtype, weights))
+    weights.update(_joined(family, settings, stacks, pieces, dtype, weights))
     _refuse_tensors(header, unknown)
     return weights
 
@@ -103,7 +104,7 @@ def _predicts(settings: Mapping[str, Any], name: str) -> bool:
     )
 
 
-def _piece_of(family: Family, name: str) -> tuple[str, str] | None:
+def _piece_of(family: Family, settings: Mapping[str, Any], name: str) -> tuple[str, str] | None:
     """Return the parameter that a tensor is a part of, and which part; None for others."""
     found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if found is None:
@@ -113,11 +114,27 @@ def _piece_of(family: Family, name: str) -> tuple[str, str] | None:
         return f"{layer}.self_attn.kv_b_proj.weight", LATENT_PARTS[found[2]]
     if "shared_mlp.output_linear.weight" in family.layer and found[2] in SHARED_PARTS:
         return f"{layer}.shared_mlp.input_linear.weight", SHARED_PARTS[found[2]]
+    if family.delta_net == "joint" and found[2] in PIECES and _is_linear(settings, int(found[1])):
+        return f"{layer}.linear_attn.in_proj_qkvz.weight", PIECES[found[2]]
     return None
 
 
-def _of_pieces(parameter: str, parts: Mapping[str, GgufTensor], dtype: torch.dtype) -> StoredTensor:
+def _is_linear(settings: Mapping[str, Any], layer: int) -> bool:
+    """Return whether a layer is a gated delta net, where llama.cpp also has joint attention."""
+    types = settings["layer_types"]
+    return layer < len(types) and types[layer] == "linear_attention"
+
+
+def _of_pieces(
+    settings: Mapping[str, Any],
+    parameter: str,
+    parts: Mapping[str, GgufTensor],
+    dtype: torch.dtype,
+) -> StoredTensor:
     """Return a dense weight that a file has in two tensors."""
+    if parameter.endswith("in_proj_qkvz.weight"):
+        _refuse_missing(parameter, parts, tuple(PIECES.values()))
+        return joint_projection(parameter, parts, Heads.of(settings), dtype)
     names = ("keys", "values") if "keys" in parts or "values" in parts else _BOTH
     _refuse_missing(parameter, parts, names)
     first, second = (GgmlBlocks(type=parts[name].type.name) for name in names)
@@ -155,6 +172,11 @@ def _dense(
     one: GgufTensor,
     dtype: torch.dtype,
 ) -> StoredTensor:
+    if family.delta_net:
+        moved = family.delta_net == "split"
+        found = weight_of(parameter, one, Heads.of(settings), dtype, moved=moved)
+        if found is not None:
+            return found
     if name.endswith(SHARED_ROUTER) and len(one.shape) == 1:
         shape = (1, *one.shape)
         one = replace(one, shape=shape, span=replace(one.span, shape=(1, *one.span.shape)))
@@ -206,6 +228,7 @@ def _weight(
 
 def _joined(
     family: Family,
+    settings: Mapping[str, Any],
     stacks: Mapping[tuple[int, str], Mapping[str, GgufTensor]],
     pieces: Mapping[str, Mapping[str, GgufTensor]],
     dtype: torch.dtype,
@@ -220,7 +243,7 @@ def _joined(
         yield from join(f"model.layers.{layer}.{family.block}", suffix, parts, dtype)
     for parameter, parts in pieces.items():
         if parameter not in known:
-            yield parameter, _of_pieces(parameter, parts, dtype)
+            yield parameter, _of_pieces(settings, parameter, parts, dtype)
 
 
 def _in_turn(
