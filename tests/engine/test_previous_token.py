@@ -10,6 +10,7 @@ from tiny_models import tiny_model, tokens
 from tiny_served import saved
 
 from moefit.engine.api import SamplingParams
+from moefit.engine.context import reservation
 from moefit.engine.kv_pool import KvPool
 from moefit.engine.runner_probe import choose_runner
 from moefit.quant.cpu_kernels import kernels
@@ -17,6 +18,8 @@ from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.memory.activations import kv_bytes_per_token
 from tests.engine.speculation.test_speculation import drafting, result
+from tests.engine.test_growth import CONTEXT, LONG, budgeted, text
+from tests.engine.test_growth import SHAPE as GROWING
 
 SHAPE: dict[str, Any] = {
     "pregated": "previous_token", "hidden_size": 64, "num_attention_heads": 2, "num_experts": 8,
@@ -124,6 +127,21 @@ def test_drafts_change_no_answer(served) -> None:
                     assert result(one) == result(other)
             stats = engine.stats().speculation
             assert stats is not None and stats.drafted > 0
+
+
+@compiled
+def test_logits_move_with_a_growing_cache(tmp_path, monkeypatch) -> None:
+    """While other requests run, whose tokens are moved."""
+    monkeypatch.setattr(reservation, "GIVE_BACK_AFTER", 1e6)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "pregated": "previous_token"}
+    model = tiny_model(**(GROWING | shape), vocab_size=64, inference_rule="top_k:2")
+    wanted = [(60, 1), (LONG, 0), (90, 2)]
+    expected = [own(model, text(*one), 8) for one in wanted]
+    with budgeted(saved(model, tmp_path)) as served, running(served) as engine:
+        heard = [ask(engine, text(*one), greedy(8)) for one in wanted]
+        assert [one.wait().tokens for one in heard] == expected
+        assert engine.stats().kv_tokens >= LONG + 8 > CONTEXT
+        engine.check()
 
 
 @torch.inference_mode()
