@@ -61,7 +61,14 @@ SPREAD = {"experts": "all_to_all", "nodes": 2}
 TENSOR = {"expert_tensor": 2}
 
 
-def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings: dict):
+def steps(
+    name: str,
+    processes: Processes,
+    dtype: torch.dtype,
+    parallel_settings: dict,
+    *,
+    compile: bool = False,
+):
     """Return losses and gradient norms of steps of 2 micro-batches each, the weights, and dtypes.
 
     Dtypes are those of routers' logits, and of the weights that this process updates.
@@ -84,7 +91,7 @@ def steps(name: str, processes: Processes, dtype: torch.dtype, parallel_settings
     cpu = torch.device("cpu")
     parallel = parallelism(config, processes, cpu)
     parallel.wrap(made)
-    losses = make_losses(made, loss_weights(config, made), compile=False, total=parallel.total)
+    losses = make_losses(made, loss_weights(config, made), compile=compile, total=parallel.total)
     stepper = Stepper(
         model=made, optimizer=make_optimizer(made, config.optimizer), losses=losses, device=cpu,
         bf16=False, clip=1.0, parallel=parallel,
@@ -118,6 +125,15 @@ def mixed(processes: Processes) -> dict[str, list]:
             expected, _, dtypes_of_one = steps(name, OneProcess(), torch.float32, MIXED)
             exact = steps(name, OneProcess(), torch.float32, {})[0]
             found[case] = [numbers, expected, exact, dtypes, dtypes_of_one]
+    return found
+
+
+def compiled(processes: Processes) -> list:
+    """Return numbers of mixed precision: compiled, and not; and dtypes of both."""
+    found = []
+    for compile in (True, False):
+        numbers, _, dtypes = steps("sparse", processes, torch.float32, MIXED, compile=compile)
+        found += [numbers, dtypes]
     return found
 
 
@@ -249,6 +265,18 @@ def one_way(
         optimizer.step()
     found += [one.to_local().clone() for one in gradients]
     return found, parallel.dispatch.report(3)
+
+
+def limits(processes: Processes) -> dict[str, dict[str, float]]:
+    """Return reports of traffic of tokens that use experts of some machines only."""
+    model, found = WAYS["top 4"][0], {}
+    for limit in ("own", 1, None):
+        machines = {"nodes": processes.size, "node_limit": limit}
+        rule = {"training_rule": "top_k:4" if processes.size == 2 else "top_k:2"}
+        settings = {**SPREAD, **machines}
+        report = one_way(processes, "", {**model, **rule}, settings, "fp32")[1]
+        found[str(limit)] = report
+    return found
 
 
 class Signals(NoDisplay):
@@ -396,12 +424,14 @@ def main() -> None:
             "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
             "long_way": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], LONG_WAY),
             "ways": lambda precision: ways(processes, precision),
+            "limits": lambda _: limits(processes),
             "equalised": lambda _: processes.every(equalised(processes)),
             "bf16": lambda _: bf16_traffic(processes),
             "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),
             "run": lambda detail: run(tree, processes, detail),
             "weighted_run": lambda detail: run(weighted(tree), processes, detail),
             "mixed": lambda _: mixed(processes),
+            "compiled": lambda _: compiled(processes),
             "mixed_run": lambda detail: run(mixed_run(tree), processes, detail),
             "muon_run": lambda detail: run(muon(tree), processes, detail),
             "tensor_run": lambda detail: run({**tree, "parallel": TENSOR}, processes, detail),

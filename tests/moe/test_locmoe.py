@@ -8,6 +8,7 @@ from moefit.moe.locmoe import (
     least_capacity,
     localised,
     locality_loss,
+    of_best_machines,
 )
 
 OWN_E = torch.tensor([True, True, False, False])
@@ -42,3 +43,15 @@ def test_locality_loss_is_zero_if_tokens_stay_and_pulls_them_home() -> None:
     assert even_TE.grad is not None
     assert (even_TE.grad[:, OWN_E] < 0).all()
     assert (even_TE.grad[:, ~OWN_E] > 0).all()
+
+
+@pytest.mark.parametrize(("machines", "most", "k"), [(4, 2, 4), (4, 1, 4), (3, 2, 3), (6, 5, 1)])
+def test_best_machines_are_those_of_a_slow_search(machines: int, most: int, k: int) -> None:
+    logits_TE = torch.randn(50, 12, generator=torch.Generator().manual_seed(k))
+    found_TE = of_best_machines(logits_TE, machines, most, k)
+    each, counted = 12 // machines, -(-k // most)
+    for scores_E, found_E in zip(logits_TE.softmax(-1).tolist(), found_TE.tolist(), strict=True):
+        groups = [scores_E[n * each : (n + 1) * each] for n in range(machines)]
+        sums = [sum(sorted(one, reverse=True)[:counted]) for one in groups]
+        best = sorted(range(machines), key=lambda n: -sums[n])[:most]
+        assert found_E == [expert // each in best for expert in range(12)]

@@ -70,6 +70,29 @@ def least_capacity(width: int, num_experts: int, delta: float | None = None) -> 
     return 1 / (num_experts * probability)
 
 
+def of_best_machines(logits_TE: Tensor, machines: int, most: int, k: int) -> Tensor:
+    """Return True for experts of the machines that node-limited routing lets a token use.
+
+    Those with the largest sums of their k / most largest scores, rounded up (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2).
+
+    Args:
+        logits_TE: Router logits [.., E] of experts in the order of machines.
+        machines: Of which each has an equal number of experts.
+        most: Machines that a token may use.
+        k: Experts that it chooses.
+
+    >>> of_best_machines(torch.tensor([[3.0, 0.0, 2.0, 2.0]]), machines=2, most=1, k=1)
+    tensor([[ True,  True, False, False]])
+    """
+    scores_TNE = logits_TE.float().softmax(-1).unflatten(-1, (machines, -1))
+    counted = min(math.ceil(k / most), scores_TNE.shape[-1])
+    sums_TN = scores_TNE.topk(counted, dim=-1).values.sum(-1)
+    best_TM = sums_TN.topk(most, dim=-1).indices
+    kept_TN = torch.zeros_like(sums_TN, dtype=torch.bool).scatter(-1, best_TM, True)
+    return kept_TN.repeat_interleave(scores_TNE.shape[-1], dim=-1)
+
+
 def localised(own_E: Tensor) -> Tensor:
     """Return D_l: uniform over the experts of the own machine, and almost nothing elsewhere.
 

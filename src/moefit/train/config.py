@@ -135,11 +135,6 @@ class TrainConfig(Strict):
                 f"{self.parallel.mixed_precision} both choose the dtype that is computed in; leave "
                 "precision out, or leave parallel.mixed_precision out"
             )
-        if self.parallel.mixed_precision and self.compile:
-            raise ValueError(
-                "compile=true does not support parallel.mixed_precision; give compile=false, or "
-                "precision=bf16 instead"
-            )
         if self.loss.locality and self.parallel.experts != "all_to_all":
             raise ValueError(
                 f"loss.locality={self.loss.locality:g} has no effect with parallel.experts=data; "

@@ -371,6 +371,9 @@ class ParallelConfig(Strict):
     """Number of machines that processes are divided among; None is what torchrun says."""
     node_bias: float = Field(default=0.0, ge=0)
     """Added in training to the router logits of experts on the token's own machine."""
+    node_limit: Literal["own"] | Annotated[int, Field(gt=0)] | None = None
+    """Most machines whose experts a token uses in training: those with the highest scores, or with
+    `own` only its own. None is no limit."""
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -381,6 +384,11 @@ class ParallelConfig(Strict):
                     f"{name}={value:g} has no effect with experts=data; leave it out, or give "
                     "experts=all_to_all"
                 )
+        if self.node_limit is not None and self.experts != "all_to_all":
+            raise ValueError(
+                f"node_limit={self.node_limit} has no effect with experts=data; leave it out, or "
+                "give experts=all_to_all"
+            )
         if self.all_to_all != "flat" and self.experts != "all_to_all":
             raise ValueError(
                 f"all_to_all={self.all_to_all} has no effect with experts=data; leave it out, or "

@@ -45,6 +45,8 @@ def test_models_that_cannot_be_spread_raise():
     [
         ({"parallel": {"capacity_factor": 1.5}}, "capacity_factor=1.5 has no effect"),
         ({"parallel": {"all_to_all": "hierarchical"}}, "all_to_all=hierarchical has no effect"),
+        ({"parallel": {"node_limit": "own"}}, "node_limit=own has no effect"),
+        ({"parallel": {"node_limit": 0}}, "parallel.node_limit"),
         ({"parallel": {"node_bias": 2}}, "node_bias=2 has no effect"),
         (
             {"parallel": {"expert_tensor": 2, "experts": "all_to_all"}},

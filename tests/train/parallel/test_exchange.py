@@ -7,7 +7,7 @@ from processes import results
 @pytest.fixture(scope="module")
 def four(shared_folder):
     """What four processes find."""
-    cases = ("ways:fp32", "ways:autocast", "ways:mixed", "long_way")
+    cases = ("limits", "ways:fp32", "ways:autocast", "ways:mixed", "long_way")
     return results(4, "parallel_cases", shared_folder, *cases)
 
 
@@ -31,6 +31,14 @@ def test_the_long_way_equals_one_process(four):
     for name, (numbers, parameters) in four["long_way"].items():
         assert numbers < 1e-6, name
         assert parameters < 1e-9, name
+
+
+@pytest.mark.slow
+def test_tokens_use_experts_of_one_of_four_machines(four):
+    own, one, free = (four["limits"][limit] for limit in ("own", "1", "None"))
+    assert own["cross_node_share"] == 0
+    for report in (one, free):
+        assert report["cross_node_share"] == pytest.approx(0.75, abs=0.1)
 
 
 @pytest.mark.slow

@@ -140,8 +140,6 @@ def test_contradictions_and_changes_are_refused(mixed_tree, tree, tmp_path, call
     for precision in ("fp32", "bf16"):
         with pytest.raises(ConfigError, match=rf"precision={precision} and parallel\.mixed_prec"):
             make_config({**mixed_tree, "precision": precision})
-    with pytest.raises(ConfigError, match=r"compile=true does not support parallel\.mixed"):
-        make_config({**mixed_tree, "compile": True})
     with pytest.raises(ConfigError, match=r"parallel\.mixed_precision: Input should be 'bf16'"):
         make_config({"parallel": {"mixed_precision": "fp8"}})
     assert not use_bf16(make_config(mixed_tree), torch.device("cuda"))

@@ -22,6 +22,7 @@ from moefit.train import checkpoint
 from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
+from moefit.train.parallel.processes import OneProcess
 from moefit.train.run_folder import read_log
 from moefit.train.settings import ParallelConfig
 
@@ -57,7 +58,7 @@ def pair(shared_folder):
         "run:chain:6", "locmoe:loc",
         "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
         "mixed_run:mixed", "mixed_run:mixed_parts:3", "mixed_run:mixed_parts",
-        "equalised", "bf16", "failures", "killed",
+        "equalised", "limits", "bf16", "failures", "killed",
         last_dies=True,
     )  # fmt: skip
 
@@ -136,6 +137,15 @@ def test_gradients_outside_the_experts_are_equal_within_a_group(pair):
     assert pair["equalised"] == [True, True]
 
 
+def test_tokens_use_experts_of_few_machines(pair):
+    own, one, free = (pair["limits"][limit] for limit in ("own", "1", "None"))
+    assert own["cross_node_share"] == 0
+    assert own["cross_node_bytes"] == 2 * 2 * 4 * 8  # counts of experts, in 2 layers
+    # Without a limit the 4 experts of a token are on both machines, half of them on the other.
+    assert 0 < one["cross_node_share"] == pytest.approx(free["cross_node_share"], abs=0.2)
+    assert free["cross_node_share"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_tokens_travel_in_the_dtype_of_autocast(pair):
     loss, norm, sent, loss_of_one, norm_of_one = pair["bf16"]
     assert loss == pytest.approx(loss_of_one, abs=1e-5)
@@ -205,6 +215,20 @@ def test_a_killed_process_ends_the_other_and_loses_no_checkpoint(pair, one, shar
     expected = losses(shared_folder / "one")
     assert losses(shared_folder / "killed") == pytest.approx(expected, abs=1e-6)
     assert not list((shared_folder / "killed").glob(".step-*"))
+
+
+def assert_compiled_like_plain(numbers, dtypes, plain, dtypes_of_plain):
+    """Compiled code keeps more bits between operations than bfloat16 has."""
+    found, wanted = torch.tensor(numbers), torch.tensor(plain)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-4)
+    assert dtypes == dtypes_of_plain == [["torch.float32"], ["torch.float32"]]
+
+
+@pytest.mark.slow
+def test_mixed_precision_is_compiled(folder):
+    """In one process, which rounds by hooks, and in two, where FSDP does."""
+    assert_compiled_like_plain(*parallel_cases.compiled(OneProcess()))
+    assert_compiled_like_plain(*results(2, "parallel_cases", folder, "compiled")["compiled"])
 
 
 @pytest.mark.slow
