@@ -5,7 +5,12 @@ is limited (`tc`, root needed; latency is not added). Models of several routers 
 same tokens over an open link, machine 0 on Python code and machine 1 on prose. Then single steps
 are timed at each rate, models in turn, with a learning rate of 0 so that routing no longer changes.
 
-    python benchmarks/locmoe.py [--steps 80] [--rates 400,250,150] [--repeats 5] [--save]
+    python benchmarks/locmoe.py [--steps 80] [--rates 400,250,150] [--repeats 5]
+        [--routers "top 4;top 4 hierarchical"] [--save]
+
+Baselines: switch with the balance loss; hash; loss-free bias; node-limited routing and hierarchical
+all-to-all, of 4 experts a token, because of one they change nothing; a bias towards the own
+machine; its experts only, the upper bound; DS-MoE's dense training, without any all-to-all.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +58,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "switch + 0.1 loss": {"mu": 0.1},
     "switch + loss, late": {"mu": 1.0, "ramp": (0.5, 0.75)},
     "switch + bias 1": {"bias": 1.0},
+    "loss-free bias": {"loss_free": True},
+    "own machine only": {"limit": "own"},
+    "top 4": {"k": 4},
+    "top 4 hierarchical": {"k": 4, "way": "hierarchical"},
+    "top 4 of one machine": {"k": 4, "limit": 1},
+    "top 4 of one machine, hierarchical": {"k": 4, "limit": 1, "way": "hierarchical"},
     "DS-MoE dense": {"dense": True},
 }
 BASE = "switch"
@@ -60,17 +72,18 @@ BASE = "switch"
 def settings(router: dict[str, Any], steps: int) -> TrainConfig:
     """Return the configuration of a router's run."""
     dense = router.get("dense", False)
-    rule = "dense" if dense else "top_k:1"
+    chosen = router.get("k", 1)
+    rule = "dense" if dense else f"top_k:{chosen}"
     return make_config(
         {
             "model": {
                 "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_experts": EXPERTS,
-                "intermediate_size": 512 // (EXPERTS if dense else 1), "mlp_type": "gelu",
+                "intermediate_size": 512 // (EXPERTS if dense else chosen), "mlp_type": "gelu",
                 "num_attention_heads": 4, "training_rule": rule, "inference_rule": rule,
                 "router_type": "grap" if router.get("grap") else "linear",
             },
             "loss": {
-                "load_balancing": 0.0 if dense else 0.01,
+                "load_balancing": 0.0 if dense or router.get("loss_free") else 0.01,
                 "mlp_mi": 4e-4 if dense else 0.0,
                 "locality": router.get("mu", 0.0),
                 "locality_ramp": router.get("ramp", (0, 0)),
@@ -78,6 +91,8 @@ def settings(router: dict[str, Any], steps: int) -> TrainConfig:
             "parallel": {
                 "experts": "data" if dense else "all_to_all",
                 "node_bias": router.get("bias", 0.0),
+                "node_limit": router.get("limit"),
+                "all_to_all": router.get("way", "flat"),
                 "reshard": False,
             },
             "optimizer": {"lr": 2e-3, "warmup_steps": min(10, steps - 1)},
@@ -112,6 +127,38 @@ class HashRouter:
         return 20 * torch.nn.functional.one_hot(expert_T, EXPERTS).to(logits_TE) + 0 * logits_TE
 
 
+class LossFreeBias:
+    """Moves a bias of each expert, for the choice alone, towards even loads (arXiv 2408.15664)."""
+
+    RATE = 1e-3
+
+    def __init__(self, model: Any, chosen: int):
+        self._chosen = chosen
+        self._bias_LE = torch.zeros(LAYERS, EXPERTS)
+        self._load_LE = torch.zeros(LAYERS, EXPERTS)
+        self._scores: dict[int, Tensor] = {}
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.gate.register_forward_hook(partial(self._remember, number))
+            layer.mlp.experts.register_forward_pre_hook(partial(self._choose, number))
+
+    def _remember(self, layer: int, router: Any, inputs: Any, logits_TE: Tensor) -> None:
+        self._scores[layer] = logits_TE.softmax(-1)
+
+    def _choose(self, layer: int, experts: Any, given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TE = self._scores.pop(layer)
+        ids_TK = (scores_TE.detach() + self._bias_LE[layer]).topk(self._chosen).indices
+        if experts.training:
+            self._load_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
+        return given[0], ids_TK, scores_TE.gather(1, ids_TK)
+
+    def update(self, processes: Processes) -> None:
+        """Move the biases by the loads of all processes since the last update."""
+        load_LE = torch.tensor(processes.sums(self._load_LE.flatten().tolist()))
+        load_LE = load_LE.view(LAYERS, EXPERTS)
+        self._bias_LE += self.RATE * (load_LE.mean(1, keepdim=True) - load_LE).sign()
+        self._load_LE.zero_()
+
+
 @dataclass
 class Contestant:
     """One router's model, spread over the processes."""
@@ -121,6 +168,7 @@ class Contestant:
     parallel: Parallelism
     nodes: NodeLocality | None
     stepper: Stepper
+    bias: LossFreeBias | None
 
     @classmethod
     def of(cls, router: dict[str, Any], steps: int, processes: Processes) -> "Contestant":
@@ -129,6 +177,7 @@ class Contestant:
         parallel = parallelism(config, processes, cpu)
         if router.get("hash"):
             HashRouter(model)
+        bias = LossFreeBias(model, router.get("k", 1)) if router.get("loss_free") else None
         parallel.wrap(model)
         nodes = NodeLocality.of(config, model, parallel)
         losses = make_losses(
@@ -139,7 +188,7 @@ class Contestant:
             model=model, optimizer=optimizer, losses=losses, device=cpu, bf16=False,
             clip=config.optimizer.clip, parallel=parallel,
         )  # fmt: skip
-        return cls(config, model, parallel, nodes, stepper)
+        return cls(config, model, parallel, nodes, stepper, bias)
 
     def step(self, ids: Tensor, step: int, rate: float) -> None:
         if self.nodes is not None:
@@ -147,6 +196,8 @@ class Contestant:
             self.nodes.weight.fill_(self.config.loss.locality * ramp)
         set_learning_rate(self.stepper.optimizer, rate)
         self.stepper.step([ids], 1)
+        if self.bias is not None and rate:
+            self.bias.update(self.parallel.processes)
 
 
 def transmitted(interface: str) -> int:
@@ -155,7 +206,7 @@ def transmitted(interface: str) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def work(folder: Path, steps: int, rates: list[str], repeats: int) -> None:
+def work(folder: Path, steps: int, rates: list[str], repeats: int, routers: list[str]) -> None:
     """Train and time all routers, as one of the processes."""
     torch.set_num_threads(1)
     with joined_processes(timeout=300) as processes:
@@ -168,7 +219,8 @@ def work(folder: Path, steps: int, rates: list[str], repeats: int) -> None:
         batches = BatchesByMachine(shares=shares)
         found: dict[str, Any] = {}
         contestants = {}
-        for name, router in ROUTERS.items():
+        for name in routers:
+            router = ROUTERS[name]
             one = contestants[name] = Contestant.of(router, steps, processes)
             began = time.perf_counter()
             for step in range(1, steps + 1):
@@ -238,12 +290,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rates", default="400,250,150", help="Mbit/s")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--routers", default=";".join(ROUTERS), help="names, with ; between")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rates = arguments.rates.split(",")
+    routers = list(dict.fromkeys([BASE, *arguments.routers.split(";")]))
+    if unknown := [name for name in routers if name not in ROUTERS]:
+        parser.error(f"--routers {unknown[0]!r} is none of {'; '.join(ROUTERS)}")
     if arguments.worker:
-        work(arguments.worker, arguments.steps, rates, arguments.repeats)
+        work(arguments.worker, arguments.steps, rates, arguments.repeats, routers)
         return
     found = drive(sys.argv[1:])
     rows = summary(found)
@@ -330,6 +386,8 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "waiting_seconds": median(steps, "waiting_seconds"),
                     "wire_seconds": wire,
                     "cross_node_share": median(steps, "cross_node_share"),
+                    "cross_node_bytes": median(steps, "cross_node_bytes"),
+                    "cross_node_messages": median(steps, "cross_node_messages"),
                     "idle_experts": median(steps, "idle_experts"),
                     "load_cv": median(steps, "load_cv"),
                     "base_all_to_all_share": share,
@@ -350,8 +408,8 @@ def median(steps: list[dict[str, float]], name: str) -> float:
 def show(rows: list[dict[str, Any]]) -> None:
     names = (
         "router", "mbit", "step_seconds", "all_to_all_seconds", "waiting_seconds", "wire_seconds",
-        "cross_node_share", "base_all_to_all_share", "saving", "ceiling", "loss_code",
-        "loss_prose", "loss_change",
+        "cross_node_share", "cross_node_bytes", "cross_node_messages", "base_all_to_all_share",
+        "saving", "ceiling", "loss_code", "loss_prose", "loss_change",
     )  # fmt: skip
     table = Table(*names)
     for row in rows:

@@ -21,6 +21,7 @@ from moefit.train.display import NoDisplay
 from moefit.train.loop import train
 from moefit.train.model import build_model, loss_weights
 from moefit.train.optimizer import make_optimizer
+from moefit.train.parallel.locality import NodeLocality
 from moefit.train.parallel.parallelism import parallelism
 from moefit.train.parallel.processes import (
     OneProcess,
@@ -251,6 +252,7 @@ def one_way(
             layer.mlp.gate.weight.data.zero_()
     parallel = parallelism(config, processes, torch.device("cpu"))
     parallel.wrap(made)
+    NodeLocality.of(config, made, parallel)
     optimizer = make_optimizer(made, config.optimizer)
     chance = torch.Generator().manual_seed(1)
     found = []
@@ -273,7 +275,7 @@ def limits(processes: Processes) -> dict[str, dict[str, float]]:
     for limit in ("own", 1, None):
         machines = {"nodes": processes.size, "node_limit": limit}
         rule = {"training_rule": "top_k:4" if processes.size == 2 else "top_k:2"}
-        settings = {**SPREAD, **machines}
+        settings = {**LONG_WAY, **machines}
         report = one_way(processes, "", {**model, **rule}, settings, "fp32")[1]
         found[str(limit)] = report
     return found

@@ -142,7 +142,8 @@ class TrainConfig(Strict):
             )
         if self.compile and self.parallel.experts == "all_to_all":
             raise ValueError(
-                "compile=true does not support parallel.experts=all_to_all; give compile=false"
+                "compile=true does not support parallel.experts=all_to_all, where the sizes of "
+                "what is sent follow from routing in each layer; give compile=false"
             )
         start, end = self.loss.locality_ramp
         if start > end:

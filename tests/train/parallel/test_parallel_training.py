@@ -140,10 +140,11 @@ def test_gradients_outside_the_experts_are_equal_within_a_group(pair):
 def test_tokens_use_experts_of_few_machines(pair):
     own, one, free = (pair["limits"][limit] for limit in ("own", "1", "None"))
     assert own["cross_node_share"] == 0
-    assert own["cross_node_bytes"] == 2 * 2 * 4 * 8  # counts of experts, in 2 layers
-    # Without a limit the 4 experts of a token are on both machines, half of them on the other.
-    assert 0 < one["cross_node_share"] == pytest.approx(free["cross_node_share"], abs=0.2)
-    assert free["cross_node_share"] == pytest.approx(0.5, abs=0.1)
+    assert own["cross_node_bytes"] == 2 * 2 * 2 * 8  # two numbers to the other, in 2 layers
+    # Without a limit the 4 experts of a token are on both machines, with it on either.
+    for report in (one, free):
+        assert report["cross_node_share"] == pytest.approx(0.5, abs=0.1)
+    assert one["cross_node_bytes"] < 0.65 * free["cross_node_bytes"]
 
 
 def test_tokens_travel_in_the_dtype_of_autocast(pair):
