@@ -126,18 +126,24 @@ LATENTS = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"), [("DeepseekV3", {}), ("DeepseekV3", LATENTS), ("GptOss", {})]
+    ("family", "sizes", "kv_cache"),
+    [
+        ("DeepseekV3", {}, "model"),
+        ("DeepseekV3", LATENTS, "model"),
+        ("GptOss", {}, "model"),
+        ("GptOss", {}, "int8"),
+    ],
 )
-def test_other_forms_of_keys(family, sizes, tmp_path) -> None:
-    """Latents are expanded at each step, or by their widths attended to as they are."""
+def test_other_forms_of_keys(family, sizes, kv_cache, tmp_path) -> None:
+    """Latents are expanded at each step, or by their widths attended to as they are; windows."""
     folder = saved(tiny(family, max_position_embeddings=512, **sizes), tmp_path)
-    (known,) = expected_of(folder, 512)
-    (grown,) = expected_of(folder, 64)
+    (known,) = expected_of(folder, 512, kv_cache)
+    (grown,) = expected_of(folder, 64, kv_cache)
     assert grown == known
 
 
-def expected_of(folder: Path, context: int) -> list[list[int]]:
-    settings = LoadSettings(context=context, step_tokens=144, memory="4GiB")
+def expected_of(folder: Path, context: int, kv_cache: Any) -> list[list[int]]:
+    settings = LoadSettings(context=context, step_tokens=144, memory="4GiB", kv_cache=kv_cache)
     with load_model(folder, settings) as served, running(served) as engine:
         assert engine.stats().kv_tokens == context and engine.max_model_len == 512
         heard = asked(engine, 300)

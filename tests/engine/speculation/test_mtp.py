@@ -247,6 +247,26 @@ def test_experts_of_the_layer_are_fetched_in_a_small_budget(case) -> None:
         served.check()
 
 
+@compiled
+def test_a_growing_cache_of_which_the_drafts_have_a_part(case) -> None:
+    """Requests that are longer than the drafter's own cache run without drafts, others with."""
+    _, _, folder = case
+    long, short = text(CONTEXT - 20), text(20)
+    found = []
+    for context in (CONTEXT, 48):
+        settings = LoadSettings(context=context, mtp=True, memory="4GiB")
+        with load_model(folder, settings) as served:
+            served.model.generation_config.eos_token_id = None
+            with running(served, speculate="mtp", prefix_cache="off") as engine:
+                engine.speculation.choose = everything
+                heard = [ask(engine, one, greedy(12, logprobs=0)) for one in (long, short, short)]
+                found.append([result(one) for one in heard])
+                assert engine.stats().kv_tokens >= CONTEXT - 8
+                stats = engine.stats().speculation
+                assert stats is not None and stats.drafts > 5
+    assert found[0] == found[1]
+
+
 def test_what_it_takes_is_in_the_budget(case) -> None:
     served, reference, folder = case
     with load_model(folder, LoadSettings(context=CONTEXT)) as plain:
