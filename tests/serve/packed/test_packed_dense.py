@@ -239,6 +239,21 @@ def test_native_raises(folder: Path) -> None:
         run(str(folder), "--dense-formats", "native")
 
 
+def test_checkpoint_that_changes_meanwhile_raises(tmp_path: Path, packed_cache: Path) -> None:
+    folder = saved(tiny("Mixtral", **WIDE), tmp_path / "model")
+    path, matrices = folder / SINGLE, len(dense_matrices(build_skeleton(folder)))
+    times = path.stat()
+
+    def change(done: int, total: int) -> None:
+        if done:  # the first matrix is written
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+
+    with pytest.raises(CheckpointError, match="has changed while it was packed"):
+        packed(folder, progress=change)
+    assert len(list(packed_cache.rglob("*.safetensors"))) == 1
+    assert packed(folder).files == matrices - 1
+
+
 def test_unencodable_weights_raise(tmp_path: Path) -> None:
     model = tiny("Mixtral", **WIDE)
     with torch.no_grad():
