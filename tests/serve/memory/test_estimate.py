@@ -35,6 +35,7 @@ from moefit.serve.memory.estimate import (
     weight_bytes,
 )
 from moefit.serve.memory.release import drop_library_pages
+from moefit.serve.packed.store import PackedStore
 
 MIB = 1 << 20
 
@@ -210,9 +211,9 @@ def test_encoding_counts_one_group_beside_the_encoded_weights(tmp_path: Path, mo
         one.get_parameter("weight").numel() * 4
         for one in quantizable_modules(skeleton.model, skeleton.blocks).values()
     ]
-    assert encoding_bytes(skeleton, settings) == budget.weights + sum(sizes)
+    assert encoding_bytes(skeleton, settings, PackedStore({})) == budget.weights + sum(sizes)
     monkeypatch.setattr("moefit.serve.hf.dense_groups.GROUP_BYTES", 1)
-    assert encoding_bytes(skeleton, settings) == budget.weights + max(sizes)
+    assert encoding_bytes(skeleton, settings, PackedStore({})) == budget.weights + max(sizes)
 
 
 def test_least_budget_includes_what_encoding_takes(tmp_path: Path) -> None:
