@@ -53,6 +53,7 @@ WIDTH, LAYERS, EXPERTS, BATCH, LENGTH = 128, 3, 16, 16, 192
 ROUTERS: dict[str, dict[str, Any]] = {
     "switch": {},
     "hash": {"hash": True},
+    "GrAP": {"grap": True},
     "GrAP + loss": {"grap": True, "mu": 1.0},
     "switch + loss": {"mu": 1.0},
     "switch + 0.1 loss": {"mu": 0.1},
