@@ -19,10 +19,15 @@ from moefit.engine.api import EngineSettings, SamplingParams
 from moefit.engine.engine import Engine
 from moefit.engine.speculation.drafts import Draft
 from moefit.errors import ConfigError, UnsupportedModelError
+from moefit.quant.format import GroupedFormat
 from moefit.serve.config import LoadSettings
+from moefit.serve.hf import quant_linear
 from moefit.serve.hf.mtp import MtpLayer
+from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
 from moefit.serve.memory.draft import DRAFT_STEP
+from moefit.serve.packed.build import pack
+from moefit.serve.packed.dense import dense_matrices
 from tests.engine.speculation.test_speculation import everything, result
 from tests.engine.test_invariance import WIDER
 
@@ -288,3 +293,29 @@ def test_models_without_the_layer_are_refused(case, tmp_path) -> None:
         pytest.raises(ConfigError, match=r"give mtp=True to moefit\.load"),
     ):
         Engine(served, EngineSettings(speculate="mtp"))
+
+
+@pytest.mark.usefixtures("packed_cache")
+def test_packed_weights_are_used_with_and_without_the_layer(tmp_path: Path, monkeypatch) -> None:
+    """Only what packing does not know, the layer itself, is encoded from the checkpoint."""
+    monkeypatch.setattr(quant_linear, "_MIN_WEIGHTS", 64)
+    made("DeepseekV3", tmp_path)
+    int4 = GroupedFormat(4)
+    pack(build_skeleton(tmp_path), [int4], dense_formats=[int4])
+    known = dense_matrices(build_skeleton(tmp_path))
+    total = len(dense_matrices(build_skeleton(tmp_path, mtp=True)))
+    how: dict[str, Any] = {"context": 64, "precision": "int4", "dense_precision": "int4"}
+    for mtp in (False, True):
+        with load_model(tmp_path, LoadSettings(mtp=mtp, **how)) as served:
+            report = served.report()
+        assert not report["packed_ignored"]
+        others = f", but encoded while loading in {total - len(known)} of {total}"
+        assert report["dense_from"] == "packed" + others * mtp
+        assert report["experts_from"].startswith("packed")
+
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1  # further training
+    save_file(tensors, file, {"format": "pt"})
+    with load_model(tmp_path, LoadSettings(mtp=True, **how)) as served:
+        assert served.report()["dense_from"] == "encoded while loading"

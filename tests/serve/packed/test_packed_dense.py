@@ -219,6 +219,10 @@ def test_an_adapter_changes_the_weights(tmp_path: Path) -> None:
     found = encoded_tensors(folder, adapter=adapter)
     assert found[0] == "encoded while loading"
     assert_same(found[1], expected[1])
+    pack(build_skeleton(folder, adapter=adapter), [], dense_formats=[INT4])
+    found = encoded_tensors(folder, adapter=adapter)
+    assert found[0] == "packed"
+    assert_same(found[1], expected[1])
 
 
 def test_bfloat16_and_nearest_are_kept_apart(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def has_mtp(model: PreTrainedModel) -> bool:
     return layers is not None and len(layers) > 0 and hasattr(layers[-1], "eh_proj")
 
 
+def is_of_mtp(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a module, a weight or a tensor of the checkpoint is of that layer."""
+    return has_mtp(model) and name.startswith(
+        f"model.layers.{cast(Any, model.config).num_hidden_layers}."
+    )
+
+
 class MtpLayer:
     """The layer of a loaded model.
 

@@ -21,6 +21,7 @@ from moefit.checkpoint.safetensors import SpanReader, bytes_of
 from moefit.errors import CheckpointError
 from moefit.quant.format import GroupedFormat
 from moefit.quant.grouped_int import GroupedMatrix
+from moefit.serve.hf.mtp import is_of_mtp
 from moefit.serve.hf.quant_linear import encoded_bytes, modules_by_weight, quantizable_modules
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed, sample_of
@@ -237,10 +238,16 @@ def open_dense(
 
 
 def dense_digest(skeleton: Skeleton) -> str:
-    """Return a hash of the middle of each dense weight, which further training changes."""
+    """Return a hash of the middle of each dense weight, which further training changes.
+
+    The layer for multi-token prediction is left out, so that a model loaded with it uses the files
+    of one without.
+    """
     digest = hashlib.sha256()
     with closing(SpanReader()) as reader:
         for name, stored in sorted(skeleton.map.dense_weights.items()):
+            if is_of_mtp(skeleton.model, name):
+                continue
             for span in stored.spans:
                 digest.update(f"{name} {span.dtype} {span.shape}\n".encode())
                 digest.update(sample_of(reader, span))

@@ -145,7 +145,10 @@ class DensePackJob:
 
         done = {name for name, formats in self._todo.items() if not formats}
         folder, dtype = self._skeleton.checkpoint.folder, self._skeleton.dtype
-        visit_dense_weights(build_skeleton(folder, dtype), use, done)
+        fresh = build_skeleton(folder, dtype)
+        # With the weights of the fingerprint, which an adapter changes.
+        weights = replace(fresh.map, dense_weights=self._skeleton.map.dense_weights)
+        visit_dense_weights(replace(fresh, map=weights), use, done)
         self._known = None
 
     def _inputs_of(self, names: list[str], inputs: DenseInputs | None) -> _KnownInputs | None:

@@ -23,6 +23,7 @@ from moefit.folders import cache_root, is_gguf
 from moefit.moe.families import MoeBlock
 from moefit.quant.format import NATIVE, Format, GroupedFormat, keeps_codes
 from moefit.serve.cache.slot import Slot
+from moefit.serve.hf.mtp import is_of_mtp
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.packed.dense import DENSE, PackedDense, open_dense
 from moefit.serve.packed.file import PackedFile, PackedMetadata, read_packed, sample_of
@@ -330,9 +331,9 @@ def fingerprint(skeleton: Skeleton) -> str:
 
     The hash covers the settings, each tensor's name, dtype, shape and position (from the headers),
     the sizes of the files, and 4 KiB of up to 16 experts per block, of each of an expert's tensors
-    at least once. It distinguishes other models, conversions and further training, and does not
-    depend on the folder's path or time stamps. It misses changes of a few weights or of dense
-    weights alone; run `moefit pack --force` then.
+    at least once, except the layer for multi-token prediction. It distinguishes other models,
+    conversions and further training, and does not depend on the folder's path or time stamps. It
+    misses changes of a few weights or of dense weights alone; run `moefit pack --force` then.
     """
     checkpoint = skeleton.checkpoint
     digest = hashlib.sha256(_settings(checkpoint.folder))
@@ -342,7 +343,9 @@ def fingerprint(skeleton: Skeleton) -> str:
     for path in sorted({span.path for span in checkpoint.spans.values()}):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     with closing(SpanReader()) as reader:
-        for sources in skeleton.map.experts.values():
+        for block, sources in skeleton.map.experts.items():
+            if is_of_mtp(skeleton.model, block):
+                continue  # a model loaded without it uses the same files
             for span in _sampled(sources):
                 digest.update(sample_of(reader, span))
     return digest.hexdigest()[:32]
