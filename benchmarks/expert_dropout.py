@@ -318,17 +318,17 @@ def losses_by_count(
 
 
 def _compared(own: dict[int, list[float]], base: dict[int, list[float]]) -> dict[str, Any]:
-    everything = max(own)
+    everything, all_of_base = max(own), base[max(base)]  # the base may have more experts
     few = {count: _difference(some, own[everything]) for count, some in own.items()}
     return {
-        **_against(own[everything], base[everything]),
+        **_against(own[everything], all_of_base),
         "windows": len(own[everything]),
         "experts": everything,
         "few": {
             count: {
                 "loss": loss,
                 "error": spread,
-                "to_base": _difference(own[count], base[everything])[0],
+                "to_base": _difference(own[count], all_of_base)[0],
             }
             for count, (loss, spread) in few.items()
             if count < everything
