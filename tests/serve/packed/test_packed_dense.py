@@ -122,6 +122,27 @@ def test_weights_are_not_loaded_and_the_least_budget_falls(tmp_path: Path) -> No
             packed(folder, force=True)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_tied_matrices_that_are_stored_twice(tmp_path: Path, *, equal: bool) -> None:
+    """The head is its own matrix where its values are others, as transformers loads it."""
+    folder = saved(tiny("Mixtral", tie_word_embeddings=True, **WIDE), tmp_path / "model")
+    tensors = load_file(folder / SINGLE)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    names = [one.name for one in dense_matrices(build_skeleton(folder))]
+    assert ("lm_head" in names) == (not equal)
+    expected = encoded_tensors(folder)[1]
+    codes = expected["lm_head.codes_RB"], expected["model.embed_tokens.codes_RB"]
+    assert torch.equal(*codes) == equal
+    assert packed(folder).files == len(names)
+    source, found = encoded_tensors(folder)
+    assert source == "packed"
+    assert_same(found, expected)
+    with load_model(folder, LoadSettings(context=64)) as served:
+        assert torch.equal(served.model.lm_head.weight, tensors["lm_head.weight"])
+
+
 def test_biases_are_loaded(tmp_path: Path) -> None:
     folder = saved(tiny("GptOss", **WIDE), tmp_path / "model")
     packed(folder)

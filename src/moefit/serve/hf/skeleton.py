@@ -51,6 +51,7 @@ from moefit.quant.format import GroupedFormat
 from moefit.serve.hf.dense_groups import DenseGroups, dense_groups
 from moefit.serve.hf.mtp import make_last_layer_mtp, one_layer_more
 from moefit.serve.hf.quant_linear import DenseEncoder, EncodedMatrices, release_weights
+from moefit.serve.hf.ties import untie_different
 
 _MAX_COUNT = 2048  # layers or experts; models with more take long to build
 _MAX_INDEX_BYTES = 256 << 20  # the largest models have about 10 MB
@@ -190,6 +191,7 @@ def build_skeleton(
         refuse_other_size(model, checkpoint)
         blocks = find_blocks(model, needed=needs_experts)
     found = map_checkpoint(model, checkpoint, blocks)
+    untie_different(model, found.dense_weights)
     if header is not None:
         refuse_left_out(header, found.unused)
     if adapter is not None:
