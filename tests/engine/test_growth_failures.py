@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
+from threading import Event as Flag
 from time import monotonic, sleep
 from typing import Any
 
@@ -17,7 +18,7 @@ from moefit.engine.context import growth, reservation
 from moefit.engine.engine import Engine
 from moefit.engine.kv_pool import KvPool
 from moefit.engine.runners import VarlenRunner
-from moefit.errors import BudgetTooSmallError, RequestTooLargeError
+from moefit.errors import BudgetTooSmallError, RefusedError, RequestTooLargeError
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
@@ -231,3 +232,33 @@ def storm(engine: Engine, memory: Memory, chance: Random, most: int) -> Iterator
         else:
             memory.left = chance.choice([0, 1, 2, 3, 1 << 30, 1 << 30])
         engine.check()
+
+
+def test_last_step_of_a_closing_engine_keeps_its_places(folder, memory, monkeypatch) -> None:
+    """A budget from another thread would take away the places that the step still writes to."""
+    del memory
+    with engine_with(folder) as (engine, served):
+        assert asked(engine, LONG).end.reason == "length"
+        entered, go, step = Flag(), Flag(), engine._runner.step
+
+        def hold(inputs: Any) -> torch.Tensor:
+            entered.set()
+            assert go.wait(60)
+            return step(inputs)
+
+        monkeypatch.setattr(engine._runner, "step", hold)
+        heard = asked(engine, LONG, 1)
+        assert entered.wait(30)
+        grown, total = pool_of(engine).held, served.budget.total
+        assert grown > CONTEXT and not engine.close(timeout=0.1)
+        assert heard.end.reason == "cancelled"
+        small = served.budget.total_for_slots([4] * len(served.blocks))
+        try:
+            with pytest.raises(RefusedError, match="last step still runs"):
+                engine.set_memory(small)
+            assert pool_of(engine).held == grown and served.budget.total == total
+        finally:
+            go.set()
+        assert engine.close() and pool_of(engine).held == CONTEXT
+        engine.set_memory(small)  # nothing computes any more
+        assert served.budget.total == small

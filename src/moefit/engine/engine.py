@@ -282,11 +282,15 @@ class Engine:
             change: Function to run; its exceptions propagate to the caller.
 
         Raises:
-            RefusedError: If the engine is closed or fails before the function runs.
+            RefusedError: If the engine is closed or fails before the function runs. Once its thread
+                has ended the function runs at once.
         """
         with self._changed:
             self._check_alive()
-            direct = self._thread in (None, current_thread()) or self._closing
+            thread = self._thread
+            direct = thread in (None, current_thread()) or not thread.is_alive()
+            if self._closing and not direct:  # its last step must keep its slots and KV cache
+                raise RefusedError("the engine is shutting down, and its last step still runs")
             future = None if direct else self._commands.submit(change)
             self._changed.notify_all()
         return change() if future is None else future.result()
