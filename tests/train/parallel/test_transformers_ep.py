@@ -4,6 +4,7 @@ import pytest
 from processes import results
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
+from moefit.errors import ConfigError
 from moefit.train.parallel.transformers_ep import TokensTravel, register_expert_parallelism
 
 
@@ -40,7 +41,7 @@ def test_a_capacity_holds_in_training_only(pair):
 def test_what_does_not_work_is_refused(pair):
     shared, none = pair["refusals"]
     assert "tp_size=2; give tp_size=1" in shared
-    assert "capacity_factor=0 would send no token" in none
+    assert "capacity_factor=0 is not a number of even shares" in none
 
 
 def test_names_are_registered_with_transformers():
@@ -48,3 +49,13 @@ def test_names_are_registered_with_transformers():
     assert names == ("moefit_flat", "moefit_hierarchical")
     assert set(names) <= set(EPImplementationInterface())
     assert issubclass(TokensTravel, EPImplementation)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("capacity_factor", float("inf")), ("capacity_factor", -1.0), ("processes_per_machine", 0)],
+)
+def test_numbers_that_mean_nothing_are_refused(name, value):
+    """Not silently replaced, nor an error of the first step."""
+    with pytest.raises(ConfigError, match=f"{name}={value:g} .*; give"):
+        register_expert_parallelism(**{name: value})

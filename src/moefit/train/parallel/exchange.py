@@ -203,7 +203,7 @@ class Hierarchical:
     def sums(self, rows: Rows, wire: Wire, compute: Compute) -> Tensor:
         """Return the weighted sum of the outputs of each copy's experts [C, D]; see `Flat`.
 
-        Sums that come back from another machine are rounded to the dtype that travels.
+        The sums of each machine, also of this one, are rounded to the dtype that travels.
         """
         experts = rows.num_experts // wire.machines  # of a machine
         first_C = rows.copy_R.new_zeros(len(rows.x_CD)).scatter(0, rows.copy_R, rows.expert_R)

@@ -9,6 +9,7 @@ Shapes: T tokens of this process, D model width, K chosen per token, R rows (pai
 one of its experts).
 """
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -39,12 +40,17 @@ def register_expert_parallelism(
         processes_per_machine: Consecutive processes; None for what torchrun says.
 
     Raises:
-        ConfigError: The factor is not above 0.
+        ConfigError: The factor is not a finite number above 0, or there are no processes.
     """
-    if capacity_factor is not None and not capacity_factor > 0:
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
         raise ConfigError(
-            f"capacity_factor={capacity_factor:g} would send no token; give a number above 0, or "
-            "None for no limit"
+            f"capacity_factor={capacity_factor:g} is not a number of even shares; give one above "
+            "0, or None for no limit"
+        )
+    if processes_per_machine is not None and processes_per_machine < 1:
+        raise ConfigError(
+            f"processes_per_machine={processes_per_machine} leaves no process on a machine; give 1 "
+            "or more, or None for what torchrun says"
         )
     for name in (FLAT, HIERARCHICAL):
         made = _Implementations(
