@@ -35,7 +35,7 @@ def slow_open(file: Any, mode: str = "r", *args: Any, **how: Any) -> Any:
 
 
 reservation.GIVE_BACK_AFTER = 2.0
-vars(store)["open"] = slow_open
+store.__dict__["open"] = slow_open
 
 if __name__ == "__main__":
     runpy.run_module("moefit", run_name="__main__")

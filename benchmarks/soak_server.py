@@ -174,9 +174,10 @@ class Server:
             "drafted and right": guesses["accepted"],
             "experts read": state["counters"]["fetches"],
         }
-        before, self._kv_tokens = self._kv_tokens, state["kv_tokens"]
-        if before is not None and before != self._kv_tokens:
-            change = "grew" if self._kv_tokens > before else "gave back"
+        before, now = self._kv_tokens, int(state["kv_tokens"])
+        self._kv_tokens = now
+        if before is not None and before != now:
+            change = "grew" if now > before else "gave back"
             self._tally.count("features", f"times that the KV cache {change}")
 
     def _note_features(self) -> None:
