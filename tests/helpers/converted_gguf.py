@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
+    MiniMaxM2Config,
     PreTrainedConfig,
 )
 
@@ -185,6 +186,30 @@ def glm4_moe(*, further: bool) -> Made:
     return model, {"general.architecture": "glm4moe"} | metadata, tensors
 
 
+def minimax_m2() -> Made:
+    """Return a MiniMax-M2: experts are chosen by a sigmoid, and half of a head is rotated."""
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = MiniMaxM2Config(**SIZES, num_local_experts=6, head_dim=32, rope_parameters=rotary)
+    model, weights = made(config)
+    tensors: dict[str, Any] = {}
+    for name, value in weights.items():
+        layer = f"{name}...".split(".")[2]
+        if name.endswith("experts.gate_up_proj"):
+            tensors |= parts_of(value, layer)
+        elif name.endswith("experts.down_proj"):
+            tensors[f"blk.{layer}.ffn_down_exps.weight"] = value.numpy()
+        else:
+            own = name_in_file(FAMILIES["minimax_m2"], name)
+            assert own is not None, name
+            tensors[own] = value.numpy()
+    numbers = NUMBERS | {
+        "attention.head_count_kv": 2, "attention.key_length": 32, "attention.value_length": 32,
+        "expert_feed_forward_length": 32, "expert_gating_func": 2, "rope.dimension_count": 16,
+    }  # fmt: skip
+    metadata = {f"minimax-m2.{key}": value for key, value in numbers.items()}
+    return model, {"general.architecture": "minimax-m2"} | metadata, tensors
+
+
 def gpt_oss(*, scaled: bool = True) -> Made:
     """Return a gpt-oss, with YaRN's scaling of positions or without."""
     yarn = {
@@ -227,6 +252,7 @@ CONVERTED: dict[str, Callable[[], Made]] = {
     "v2": lambda: deepseek("v2", split=True),
     "v2-lite, one tensor": lambda: deepseek("v2-lite", split=False),
     "v3": lambda: deepseek("v3", split=True),
+    "minimax-m2": minimax_m2,
     "granite": lambda: granite(shared=False),
     "granite, shared": lambda: granite(shared=True),
 }

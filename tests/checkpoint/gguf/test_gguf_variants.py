@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from converted_gguf import CONVERTED, deepseek, granite
+from converted_gguf import CONVERTED, deepseek, granite, minimax_m2
 from tiny_gguf import VOCABULARY
 
 from moefit.errors import CheckpointError, MoefitError, UnsupportedModelError
@@ -144,6 +144,17 @@ def test_granite_is_seen_in_its_tensors_and_switch(tmp_path: Path) -> None:
     torch.testing.assert_close(served_logits(path), logits(model), atol=3e-5, rtol=1e-5)
     metadata["granitemoe.rope.scaling.finetuned"] = False
     with pytest.raises(UnsupportedModelError, match=r"sets rope.scaling.finetuned"):
+        build_skeleton(write_file(tmp_path / "n.gguf", metadata, tensors))
+
+
+def test_width_of_minimaxs_experts_is_not_that_of_dense_layers(tmp_path: Path) -> None:
+    """Files have both; transformers reads the second one."""
+    model, metadata, tensors = minimax_m2()
+    metadata["minimax-m2.feed_forward_length"] = 48
+    path = write_file(tmp_path / "m.gguf", metadata, tensors)
+    torch.testing.assert_close(served_logits(path), logits(model), atol=3e-5, rtol=1e-5)
+    metadata["minimax-m2.expert_gating_func"] = 1
+    with pytest.raises(UnsupportedModelError, match="other than sigmoid"):
         build_skeleton(write_file(tmp_path / "n.gguf", metadata, tensors))
 
 

@@ -188,6 +188,16 @@ FAMILIES = {
         reads=("expert_gating_func", "expert_weights_scale", "rope.dimension_count"),
         writable=False,
     ),
+    "minimax_m2": Family(
+        architecture="minimax-m2",
+        renormalizes=True,
+        fields=(("expert_feed_forward_length", "intermediate_size"),),
+        count="num_local_experts",
+        layer={"mlp.e_score_correction_bias": "exp_probs_b.bias"},
+        experts=_MIXTRAL,
+        reads=("expert_gating_func", "rope.dimension_count"),
+        writable=False,
+    ),
     "deepseek_v2": Family(
         architecture="deepseek2",
         renormalizes=False,

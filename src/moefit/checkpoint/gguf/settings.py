@@ -304,13 +304,24 @@ def _of_gpt_oss(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": rotary | {"truncate": False}} if "factor" in rotary else {}
 
 
-def _of_glm4(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+def _with_sigmoid(header: GgufHeader) -> _Metadata:
+    """Return the metadata of a model that chooses experts by a sigmoid."""
     metadata = _Metadata(header)
     if not metadata.neutral("expert_gating_func", (_SIGMOID, 0)):
         raise UnsupportedModelError(
             f"{header.path} has expert_gating_func other than sigmoid (2), with which models of "
             "this architecture choose experts"
         )
+    return metadata
+
+
+def _of_minimax(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    _with_sigmoid(header)
+    return {}
+
+
+def _of_glm4(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    metadata = _with_sigmoid(header)
     predicts = metadata.get("nextn_predict_layers", int, 0)
     return {
         "num_hidden_layers": values["num_hidden_layers"] - predicts,
@@ -468,6 +479,7 @@ _ADDED: dict[str, Callable[[GgufHeader, dict[str, Any]], dict[str, Any]]] = {
     "gpt_oss": _of_gpt_oss,
     "granitemoe": _of_granite,
     "granitemoeshared": _of_granite,
+    "minimax_m2": _of_minimax,
     "qwen2_moe": _of_qwen2,
     "qwen3_5_moe_text": _of_delta_net,
     "qwen3_next": _of_delta_net,
