@@ -98,9 +98,41 @@ def test_conversation_is_rendered(running, served) -> None:
     assert '<system>be brief<user>hello<assistant>run{"code": "x"}<tool>fine' in prompt
 
 
+def test_effort_of_reasoning_reaches_the_template(running, served) -> None:
+    client, engine = running
+    asked = {"input": "hi", "reasoning": {"effort": "low", "summary": "auto"}}
+    error = error_of(client.post(URL, json=asked), 400)
+    assert "no reasoning_effort" in error["message"] and "reasoning.effort" in error["message"]
+    served.tokenizer.chat_template = "{{ reasoning_effort }}|" + template("<tool_call>")
+    answer = client.post(URL, json=asked).json()
+    assert served.tokenizer.decode(engine.submitted[-1][0]).startswith("low|")
+    assert answer["reasoning"]["effort"] == "low"
+    answer = client.post(URL, json={"input": "hi", "reasoning": {"summary": "auto"}}).json()
+    assert answer["status"] == "completed" and answer["reasoning"]["effort"] is None
+
+
+def test_calls_of_tools_that_do_not_exist_may_be_sent_back(running, served) -> None:
+    """A model may write any name, and an agent answers that there is no such tool."""
+    client, engine = running
+    wrong = "no such <b>tool</b>"
+    engine.tokens = lambda _: served.tokenizer(hermes((wrong, {})))["input_ids"]
+    (call,) = client.post(URL, json={"input": "hi", "tools": TOOLS}).json()["output"]
+    assert call["name"] == wrong
+    items = [
+        {"role": "user", "content": "hi"},
+        call,
+        {"type": "function_call_output", "call_id": call["call_id"], "output": "unknown"},
+    ]
+    response = client.post(URL, json={"input": items, "tools": TOOLS})
+    assert response.status_code == 200, response.text
+    prompt = served.tokenizer.decode(engine.submitted[-1][0])
+    assert f"<user>hi<assistant>{wrong}{{}}<tool>unknown" in prompt
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),

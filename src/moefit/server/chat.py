@@ -91,8 +91,9 @@ def conversation_text(
         if "reasoning_effort" not in tokenizer.template:
             raise APIError(
                 400,
-                "this model's chat template has no reasoning_effort; omit it (some templates have "
-                "enable_thinking in chat_template_kwargs)",
+                "this model's chat template has no reasoning_effort; omit it, or "
+                "reasoning.effort in /v1/responses (some templates have enable_thinking in "
+                "chat_template_kwargs)",
                 param="reasoning_effort",
                 code="unsupported_by_model",
             )

@@ -19,7 +19,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from moefit.engine.sampler import MAX_BIAS, REPETITION
-from moefit.server.schema.base import Items, StrictModel, TokenId, Unsupported
+from moefit.server.schema.base import (
+    Items,
+    ReasoningEffort,
+    StrictModel,
+    TokenId,
+    Unsupported,
+)
 from moefit.server.schema.structured import ResponseFormat, StructuredOutputs
 from moefit.server.schema.tools import ToolCalls, ToolChoice, Tools
 
@@ -249,7 +255,7 @@ class ChatCompletionRequest(GenerationRequest):
     modalities: Annotated[Items[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     audio: None = None
     prediction: None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     verbosity: None = None
     web_search_options: None = None
     safety_identifier: str | None = None

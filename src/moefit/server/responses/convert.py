@@ -30,6 +30,7 @@ def chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
     given: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
     given["messages"] = _messages(body)
     given["max_completion_tokens"] = body.max_output_tokens
+    given["reasoning_effort"] = body.reasoning and body.reasoning.effort
     given["stream_options"] = {"include_usage": True} if body.stream else None
     if body.tools is not None:
         given["tools"] = [
@@ -93,6 +94,7 @@ def shown(body: ResponsesRequest) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
+        "reasoning": given["reasoning"] or {"effort": None, "summary": None},
         "temperature": body.temperature,
         "text": {"format": (given["text"] or {}).get("format") or {"type": "text"}},
         "tool_choice": given["tool_choice"] or "auto",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ _MAX_REPORTED = 8  # unknown fields per object
 
 Items = Annotated[list[T], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Unsupported = Annotated[Items[str], Field(max_length=0)]
 
 

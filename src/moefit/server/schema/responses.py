@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from moefit.server.schema.base import Items, StrictModel
+from moefit.server.schema.base import Items, ReasoningEffort, StrictModel
 from moefit.server.schema.structured import JsonObjectFormat, TextFormat
 from moefit.server.schema.tools import ToolName
 
@@ -37,7 +37,7 @@ class CallItem(StrictModel):
 
     type: Literal["function_call"]
     call_id: Annotated[str, Field(max_length=256)]
-    name: ToolName
+    name: str
     arguments: str
     id: str | None = None
     status: str | None = None
@@ -128,6 +128,14 @@ class TextSettings(StrictModel):
     verbosity: None = None
 
 
+class Reasoning(StrictModel):
+    """How much to reason. Reasoning is returned as it is, so a summary has no effect."""
+
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
 Included = Literal["reasoning.encrypted_content"]
 """What may be included and has no effect: reasoning is not encrypted, but part of the answer."""
 
@@ -151,7 +159,7 @@ class ResponsesRequest(StrictModel):
     conversation: None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    reasoning: None = None
+    reasoning: Reasoning | None = None
     include: Annotated[Items[Included], Field(max_length=8)] | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None

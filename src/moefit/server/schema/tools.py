@@ -50,10 +50,11 @@ def _given(text: str) -> str:
 class CalledFunction(StrictModel):
     """A function with the arguments that the model wrote, which may be cut or no JSON.
 
-    `parsed_arguments` is what OpenAI's client adds to an answer; it is ignored.
+    So may its name, which need not be that of a tool. `parsed_arguments` is what OpenAI's client
+    adds to an answer; it is ignored.
     """
 
-    name: ToolName
+    name: str
     arguments: Annotated[str, AfterValidator(_given)]
     parsed_arguments: Any = Field(default=None, exclude=True)
 
