@@ -148,9 +148,18 @@ def test_equal_grammars_are_compiled_once(shared, monkeypatch) -> None:
     assert len(shared) == 1, "the newest is kept whatever its size"
 
 
+# 2 ** 27 combinations of properties.
+COMBINED = {
+    "allOf": [
+        {"anyOf": [{"properties": {f"{n}": {}, f"{k}": {}}} for k in (1, 2)]} for n in range(3, 30)
+    ]
+}
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [
+        (lambda: json_part(COMBINED, "it"), "fewer of .ref, allOf, anyOf"),
         (lambda: json_part({"uniqueItems": True}, "it"), "uses uniqueItems, which structured"),
         (lambda: json_part({"not": {}, "contains": {}}, "it"), "not, contains|contains, not"),
         (lambda: json_part({"type": "objekt"}, "it"), "objekt"),

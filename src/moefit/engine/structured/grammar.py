@@ -224,6 +224,11 @@ def _explained(why: str) -> str:
     if why.startswith("Unimplemented keys:"):
         names = why.partition(":")[2].strip(' []"').replace('"', "")
         return f"the schema uses {names}, which structured output does not support; leave it out"
+    if "schema too large" in why:
+        return (
+            "the schema is too large once its references and combinations are written out; use "
+            "fewer of $ref, allOf, anyOf and oneOf within each other"
+        )
     if "empty" in why or "NoExtension" in why:
         return f"no answer can match it: {why}"
     return why
