@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from planned import planned_model
 from tiny_families import tiny_family
 from tiny_served import saved, tiny
 
+from moefit.cli.serve import FollowSettings
 from moefit.engine.api import EngineSettings, TokenEvent
 from moefit.engine.context import growth, reservation
 from moefit.engine.engine import Engine
@@ -23,6 +25,7 @@ from moefit.errors import BudgetTooSmallError, ConfigError, RequestTooLargeError
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.load import load_model
 from moefit.serve.model import ServedModel
+from moefit.server.service import Service
 
 POSITIONS, CONTEXT, LONG = 1024, 128, 600
 MIB = 1 << 20
@@ -309,6 +312,26 @@ def test_without_a_budget_it_grows_in_what_is_free(folder, monkeypatch) -> None:
         none = pytest.raises(RequestTooLargeError, match="no more memory is free")
         with running(served) as engine, none:
             asked(engine, LONG)
+
+
+def test_following_budgets_leave_room_beside_all_experts_where_they_may(folder) -> None:
+    """A largest budget that is given is not lowered to what all experts need."""
+    with budgeted(folder) as served, running(served, max_concurrency=16) as engine:
+
+        def most(largest: int | None) -> int:
+            follow = FollowSettings(follows=False, least=None, most=largest, headroom=0)
+            service = SimpleNamespace(engine=engine)
+            follower = follow.follower(cast("Service", service))
+            follower.close()
+            return follower.rule.most
+
+        whole = served.budget.max_bytes
+        assert most(None) == whole and most(whole // 2) < whole
+        engine.set_memory(most(None))
+        grows_to = engine.stats().kv_tokens_most
+        engine.set_memory(most(whole + 16 * MIB))
+        assert engine.stats().kv_tokens_most > grows_to + 2000
+        assert slots_of(served) == 32
 
 
 SERVE = """

@@ -82,7 +82,8 @@ class FollowSettings:
     Args:
         follows: Whether it does from the start.
         least: Smallest budget; None for the minimum of the model.
-        most: Largest budget; None for all experts.
+        most: Largest budget; None for all experts. One that is larger leaves room for a KV cache
+            that grows.
         headroom: Bytes that stay free.
     """
 
@@ -130,8 +131,8 @@ class FollowSettings:
 
     def _bounds(self, engine: Engine) -> tuple[int, int]:
         """Return the smallest and the largest budget, with the KV cache of running requests."""
-        whole, least = engine.served.budget.max_bytes, max(engine.least_memory(), self.least or 0)
-        return least, max(least, min(whole, self.most or whole))
+        least = max(engine.least_memory(), self.least or 0)
+        return least, max(least, self.most or engine.served.budget.max_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
