@@ -236,8 +236,10 @@ def test_validation_errors_are_limited(served, monkeypatch, path: str, body: obj
 def test_deep_json_within_the_limit_of_bytes(served) -> None:
     with fake_service(served) as (service, _), client_of(service) as client:
         headers = {"Content-Type": "application/json"}
-        for body in (b"[" * 1_000_000, b'{"prompt":' * 100_000):
-            error_of(client.post("/v1/completions", content=body, headers=headers), 400)
+        for body in (b"[" * 1_000_000, b'{"prompt":' * 100_000, b'{"prompt": "\xff"}'):
+            error = error_of(client.post("/v1/completions", content=body, headers=headers), 400)
+            assert error["code"] == "invalid_json"
+            assert "nested too deeply, or not in UTF-8" in error["message"]
 
 
 def test_unknown_paths_and_methods(open_to_all) -> None:

@@ -83,6 +83,8 @@ def test_regex_choice_and_grammar(client) -> None:
     texts = ["yes", 'né"e', "no"]
     for choice in post(client, structured_outputs={"choice": texts}, n=4):
         assert choice["text"] in texts
+    for choice in post(client, guided_choice=(many := [f"word{n}" for n in range(5000)]), n=2):
+        assert choice["text"] in many
     for grammar in ('start: "a" start | "b"', 'root ::= "a" root | "b"'):
         (choice,) = post(client, guided_grammar=grammar, max_tokens=300)
         assert re.fullmatch("a*b", choice["text"])

@@ -268,6 +268,12 @@ def _routing_error(request: Request, error: HTTPException) -> HTTPException:
     path = request.url.path
     if error.status_code == 404:
         return APIError(404, _unknown_path_message(path), code="unknown_url")
+    if error.status_code == 400:  # of FastAPI, where parsing ends with another error than JSON's
+        return APIError(
+            400,
+            "the body cannot be read as JSON: it is nested too deeply, or not in UTF-8",
+            code="invalid_json",
+        )
     if error.status_code != 405:
         return error
     methods = _allowed_methods(request)

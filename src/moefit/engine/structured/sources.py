@@ -71,7 +71,9 @@ def choice_part(choices: Sequence[str], what: str) -> Part:
     if not choices or not all(choices):
         raise ConfigError(f"{what} needs at least one text, and none that is empty")
     check_text("".join(choices), what)
-    return {"lark_grammar": f"start: {' | '.join(map(literal, dict.fromkeys(choices)))}"}
+    texts = " | ".join(map(literal, dict.fromkeys(choices)))
+    # One terminal, since the library follows at most 1,000 rules at a time.
+    return {"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"}
 
 
 def grammar_part(grammar: str, what: str) -> Part:
