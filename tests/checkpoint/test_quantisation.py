@@ -116,7 +116,16 @@ def test_packed_integers_of_other_widths_raise(folder: Path, bits: int) -> None:
     weights = {"num_bits": bits}
     groups = {"config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}}}
     declare(folder, quantization_config={"quant_method": "compressed-tensors", **groups})
-    with pytest.raises(UnsupportedModelError, match=r"compressed-tensors.*up_proj.weight_packed"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"to {bits} bits \(compressed-tensors\).*integers of 2, 4, 8"
+    ):
+        build_skeleton(folder)
+
+
+@pytest.mark.parametrize(("method", "key"), [("gptq", "bits"), ("awq", "w_bit")])
+def test_declared_width_that_cannot_be_read_is_named(folder: Path, method: str, key: str) -> None:
+    declare(folder, quantization_config={"quant_method": method, key: 3})
+    with pytest.raises(UnsupportedModelError, match=rf"to 3 bits \({method}\)"):
         build_skeleton(folder)
 
 

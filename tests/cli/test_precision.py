@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import quantised
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_model
+from tiny_served import saved, tiny
 from typer.testing import CliRunner
 
 from moefit.cli import app
 from moefit.cli.app import ModeName
-from moefit.cli.options import KvCache, MemoryOptions, ServingOptions
+from moefit.cli.options import Dtype, KvCache, MemoryOptions, ServingOptions
 from moefit.cli.precision import (
     Candidate,
     _candidates,
@@ -135,6 +138,26 @@ def test_all_commands_choose_the_same_precision(model: str, capfd) -> None:
     virtual = ServingOptions(memory=tight, context=32, mode=ModeName.virtual)
     assert resolve_precision(model, virtual).experts == "native"
     assert resolve_precision(model, MemoryOptions(context=32)).experts == "native"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "says"),
+    [
+        ("mxfp4", "bfloat16", "mxfp4, the checkpoint's own: all"),
+        ("nvfp4", "bfloat16", "bfloat16, decoded from the checkpoint's nvfp4: all"),
+        ("mxfp4", "float32", "float32, decoded from the checkpoint's mxfp4: all"),
+    ],
+)
+def test_decoded_experts_are_not_called_the_checkpoints_own(
+    tmp_path: Path, capfd, kind: str, dtype: str, says: str
+) -> None:
+    store, config = quantised.KINDS.get(kind, (quantised.mxfp4, {"quant_method": "mxfp4"}))
+    family = "GptOss" if kind == "mxfp4" else "Qwen3Moe"
+    plain = saved(tiny(family, dtype=torch.bfloat16), tmp_path / "plain")
+    folder = quantised.quantise(plain, tmp_path / "quantised", store, config)
+    options = MemoryOptions(memory="9GiB", context=32, dtype=Dtype(dtype))
+    assert resolve_precision(str(folder), options).precision == "native"
+    assert f"precision: {says}" in " ".join(capfd.readouterr().err.split())
 
 
 def between(model: str) -> str:

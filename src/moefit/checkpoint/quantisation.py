@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moefit.checkpoint.formats.declared import Declared, declared
+from moefit.checkpoint.formats.packed_integers import BITS
 from moefit.checkpoint.safetensors import INDEX, SINGLE, Checkpoint, StoredTensor
 from moefit.errors import UnsupportedModelError
 from moefit.folders import is_gguf
 
 READABLE = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "fbgemm_fp8")
 """Methods, as configurations name them, whose weights `formats/` knows."""
+_PACKED = ("gptq", "awq", "compressed-tensors")
 _ORIGINAL = "give the model that it was made from, in bfloat16 or float16"
 # Names of tensors that belong to a quantised weight, most specific first.
 _SIGNS = tuple(
@@ -49,7 +51,14 @@ def refuse_unknown_method(folder: Path) -> Declared | None:
     Raises:
         UnsupportedModelError: The format that they declare cannot be read.
     """
-    if (found := declared(folder)) is None or found.method in READABLE:
+    if (found := declared(folder)) is None:
+        return None
+    if found.method in _PACKED and (odd := found.widths() - {*BITS}):
+        raise _refusal(
+            f"{folder} is quantised to {min(odd)} bits ({found.method}), as its {found.where} "
+            f"says; integers of {', '.join(map(str, BITS))} bits can be read"
+        )
+    if found.method in READABLE:
         return found
     raise UnsupportedModelError(
         f"{folder} is quantised ({found.method}), as its {found.where} says; the formats that can "

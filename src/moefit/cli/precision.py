@@ -20,7 +20,7 @@ from moefit.errors import ConfigError
 from moefit.quant.encode import encode
 from moefit.quant.format import GroupedFormat, parse_format
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
-from moefit.serve.hf.skeleton import Skeleton, build_skeleton, held_formats
+from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.memory.estimate import (
     InitialFormats,
@@ -39,6 +39,7 @@ _KNOWN_COSTS = (
     (4.0, "+0.8% to +3.2% perplexity"),
     (3.0, "+3.4% to +13.3% perplexity"),
 )
+_PLAIN = frozenset(("float64", "float32", "float16", "bfloat16"))
 _SAMPLE = 128, 2048
 """Shape of the matrix whose encoding is timed for an estimate."""
 
@@ -163,9 +164,9 @@ def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:
     held = f"all {experts:,} experts" if slots == experts else f"{slots:,} of {experts:,} experts"
     fetched = "" if slots == experts else "; the others are fetched from storage when needed"
     if settings.precision == NATIVE_PRECISION and settings.dense_precision == NATIVE_PRECISION:
-        own = "/".join(held_formats(skeleton.blocks)) or str(skeleton.dtype).removeprefix("torch.")
+        own = _own(skeleton)
         loss = "no loss but that of the int8 KV cache" if settings.int8_cache else "no loss"
-        return f"precision: {own}, the checkpoint's own: {held} {where}{fetched}; {loss}"
+        return f"precision: {own}: {held} {where}{fetched}; {loss}"
     dense = settings.dense_precision
     others = "" if dense == NATIVE_PRECISION else f", dense weights in {dense}"
     cost = known_cost(start.bits_per_weight)
@@ -174,6 +175,17 @@ def _sentence(skeleton: Skeleton, settings: LoadSettings) -> str:
         f"weight{others}{fetched}; cost: {cost}{_encoding(skeleton, start, packed)}; --exact gives "
         "the model's own numbers"
     )
+
+
+def _own(skeleton: Skeleton) -> str:
+    """Return in which formats slots hold the checkpoint's own numbers."""
+    stored, dtype = skeleton.stored(), str(skeleton.dtype).removeprefix("torch.")
+    decoded = "/".join(sorted({*stored.experts} - {*stored.held} - _PLAIN))
+    if not stored.held:
+        whose = f"decoded from the checkpoint's {decoded}" if decoded else "the checkpoint's own"
+        return f"{dtype}, {whose}"
+    rest = f", and {dtype}, decoded from its {decoded}" if decoded else ""
+    return f"{'/'.join(stored.held)}, the checkpoint's own{rest}"
 
 
 def known_cost(bits: float) -> str:

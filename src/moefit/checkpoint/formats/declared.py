@@ -63,6 +63,14 @@ class Declared:
             fallback = fallback or bits
         return fallback
 
+    def widths(self) -> set[int]:
+        """Return the numbers of bits of all integers."""
+        schemes = [self.values]
+        if self.method == "compressed-tensors":
+            schemes = [weights for weights, _ in self._groups()]
+        found = (_number(one, "bits", "w_bit", "num_bits") for one in schemes)
+        return {bits for bits in found if bits is not None}
+
     def _groups(self) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
         """Yield the scheme of weights, and the targets, of each group of compressed-tensors."""
         groups = self.values.get("config_groups")
