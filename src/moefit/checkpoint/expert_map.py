@@ -42,6 +42,7 @@ from moefit.errors import CheckpointError, UnsupportedModelError
 from moefit.moe.families import MoeBlock, TensorSpec
 
 # What only layers that predict further tokens (MTP) have: DeepSeek-V3's and GLM's names.
+_OF_GGUF = " (a GGUF file's is in its metadata: convert or download that again)"
 _PREDICTS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 
 
@@ -273,7 +274,7 @@ class _Names:
         if differing:
             raise CheckpointError(
                 f"{len(differing)} weights have another shape than config.json says: "
-                f"{'; '.join(differing[:3])}; give the config.json that belongs to them"
+                f"{'; '.join(differing[:3])}; give the config.json that belongs to them{_OF_GGUF}"
             )
 
     def refuse_unused(self, checkpoint: Checkpoint, unused: Sequence[str], config: Any) -> None:
@@ -310,7 +311,8 @@ class _Names:
             raise CheckpointError(
                 f"the checkpoint has {len(missing)} weights that its config.json leaves out, "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, and the model "
-                "would answer otherwise without them; give the config.json that belongs to it"
+                "would answer otherwise without them; give the config.json that belongs to "
+                f"it{_OF_GGUF}"
             )
 
     def scales(self, unused: Iterable[str]) -> Iterator[str]:
@@ -400,7 +402,7 @@ def _source(
         if target not in collected:
             raise CheckpointError(
                 f"the checkpoint has no tensor for {target} of {type(model).__name__}; it is "
-                "incomplete, or of another model than its config.json says"
+                f"incomplete, or of another model than its config.json says{_OF_GGUF}"
             )
         entry = collected[target]
         rows = model.get_parameter(target).shape[0] if row is not None else block.num_experts

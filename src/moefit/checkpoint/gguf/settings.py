@@ -76,7 +76,7 @@ def settings_of(header: GgufHeader) -> dict[str, Any]:
     family = FAMILIES[model_type]
     if not metadata.get("expert_count", int, 0):
         raise UnsupportedModelError(
-            f"{header.path} is a {header.architecture} model without experts "
+            f"{header.path} is a model ({header.architecture}) without experts "
             f"({header.architecture}.expert_count); give a mixture-of-experts model"
         )
     _refuse_settings(metadata, family)
