@@ -108,6 +108,7 @@ def test_growth_without_memory(folder, memory, left) -> None:
         assert asked(engine, 90).end.reason == "length"
         memory.left = 1 << 30
         until(lambda: served.budget.context == CONTEXT and slots_of(served) == before)
+        sleep(growth.RETRY_AFTER)
         assert asked(engine, LONG).end.reason == "length"
 
 

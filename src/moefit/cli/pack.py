@@ -23,7 +23,7 @@ from rich.text import Text
 
 from moefit.api import folder_of
 from moefit.checkpoint.tokenizer import read_tokenizer
-from moefit.cli.app import COMMANDS, Json, app, command, console, option, print_json, say
+from moefit.cli.app import COMMANDS, Json, advanced, app, command, console, option, print_json, say
 from moefit.cli.options import DtypeOption, Model, torch_dtype
 from moefit.errors import CheckpointError, ConfigError, MoefitError
 from moefit.evaluate.loading import locate
@@ -75,7 +75,7 @@ def pack_model(
         ),
     ] = None,
     tokens: Annotated[int, option("With --text: number of its tokens to use.", min=2)] = 16384,
-    context: Annotated[int, option("With --text: window length in tokens.", min=32)] = 256,
+    context: Annotated[int, advanced("With --text: window length in tokens.", min=32)] = 256,
     memory: Annotated[
         str | None, option("With --text: memory budget while calibrating. Default: no limit.")
     ] = None,
