@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tiny_models import tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -102,3 +103,17 @@ def calls_of(model: PreTrainedModel, served: ServedModel, inputs: dict[str, Tens
     for hook in hooks:
         hook.remove()
     return calls
+
+
+def check_served(folder: Path, model: PreTrainedModel, rule: str, slots: int, experts: int) -> None:
+    """Compare a model that routes early, served with few slots, with the model itself."""
+    inputs = {"input_ids": tokens(1, 11)}
+    with load_model(folder, LoadSettings()) as served:
+        give_slots(served, slots)
+        served.model.set_inference_rule(rule)
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
+        assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-5
+        served.check()
+        if rule.startswith("top_k") and 1 < slots < experts:
+            assert served.report()["prefetches"] > 0
+        assert served.prefetching.prefetcher.failure == ""

@@ -4,7 +4,6 @@ Models compute in bfloat16. How far one may be from the same model in float32 is
 own output in bfloat16 is, with the same dequantised weights.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +12,12 @@ from typing import Any, cast
 import pytest
 import quantised
 import torch
-from levels import HERE, at_level
 from tiny_served import logits, saved, settled, tiny, tokens, with_slots
 from torch import Tensor
 
 import moefit
 from moefit.errors import CheckpointError
 from moefit.moe.families import MoeBlock, ScaledCodes
-from moefit.quant import cpu_kernels
-from moefit.quant.cpu_kernels import SWITCH
 from moefit.quant.format import DECODED, NATIVE
 from moefit.quant.scaled.fp8 import Fp8Matrix
 from moefit.quant.scaled.matrix import ScaledMatrix
@@ -96,18 +92,6 @@ def test_float32_models_and_other_formats_hold_values(tmp_path: Path) -> None:
     assert all(spec.stored is None for spec in block.layout.specs.values())
     _, block = store_of(written(tmp_path, "nvfp4", BF16)[1])
     assert all(spec.stored is None for spec in block.layout.specs.values())
-
-
-@pytest.fixture(params=[*map(at_level, ("portable", "avx2")), "best", "torch"])
-def computing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products of every level are tested in tests/quant."""
-    best = HERE[-1] if HERE else "torch"
-    if request.param == "best" and best in ("portable", "avx2", "torch"):
-        pytest.skip("it is one of the others")
-    monkeypatch.setenv(SWITCH, best if request.param == "best" else request.param)
-    cpu_kernels.kernels.cache_clear()
-    yield
-    cpu_kernels.kernels.cache_clear()
 
 
 def error(found: Tensor, exact: Tensor) -> float:

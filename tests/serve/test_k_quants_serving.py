@@ -4,7 +4,6 @@ The judge is the same file with every tensor decoded to float32 by the `gguf` pa
 """
 
 import json
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from k_quants import random_blocks
-from levels import HERE, at_level
 from tiny_gguf import VOCABULARY, configs
 from tiny_served import settled, with_slots
 from torch import Tensor
@@ -30,8 +28,6 @@ from moefit.cli import app
 from moefit.errors import CheckpointError
 from moefit.gguf.write import write_gguf
 from moefit.moe.families import MoeBlock, ScaledCodes
-from moefit.quant import cpu_kernels
-from moefit.quant.cpu_kernels import SWITCH
 from moefit.quant.format import DECODED, NATIVE
 from moefit.quant.scaled.k_quants import KQuantMatrix
 from moefit.serve.cache.slot import Slot, allocate_slot
@@ -94,17 +90,6 @@ def exact(file: Path) -> tuple[Tensor, Tensor]:
 def rounded(file: Path, exact: tuple[Tensor, Tensor]) -> float:
     """The error of a model whose weights are decoded values in bfloat16."""
     return error(answers(file, precision="decoded")[0], exact[0])
-
-
-@pytest.fixture(params=[*map(at_level, ("portable", "avx2")), "best", "torch"])
-def computing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    best = HERE[-1] if HERE else "torch"
-    if request.param == "best" and best in ("portable", "avx2", "torch"):
-        pytest.skip("it is one of the others")
-    monkeypatch.setenv(SWITCH, best if request.param == "best" else request.param)
-    cpu_kernels.kernels.cache_clear()
-    yield
-    cpu_kernels.kernels.cache_clear()
 
 
 def answers(path: Path, **settings: Any) -> tuple[Tensor, Tensor]:

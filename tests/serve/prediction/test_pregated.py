@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import differs_by, give_slots, greedy, logits, saved
+from serving import check_served, differs_by, give_slots, greedy, logits, saved
 from tiny_models import tiny_model, tokens
 from torch import Tensor
 
@@ -33,16 +33,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("slots", [1, 3, EXPERTS])
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "dense", "top_k:2:renormalize"])
 def test_served_equals_model(folder, rule: str, slots: int) -> None:
-    model = model_of(rule)
-    with load_model(folder, LoadSettings()) as served:
-        give_slots(served, slots)
-        served.model.set_inference_rule(rule)
-        assert differs_by(logits(served.model, INPUTS), logits(model, INPUTS)) < 1e-5
-        assert differs_by(greedy(served.model, INPUTS), greedy(model, INPUTS)) < 1e-5
-        served.check()
-        if rule.startswith("top_k") and slots == 3:
-            assert served.report()["prefetches"] > 0
-        assert served.prefetching.prefetcher.failure == ""
+    check_served(folder, model_of(rule), rule, slots, EXPERTS)
 
 
 class Checked(EarlyReader):
