@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,27 @@ def test_hooks_and_other_weights_are_used(tmp_path: Path) -> None:
             assert_close(negated, decoded(loaded.model), 1e-4)
         linear.weight = weight
         assert torch.equal(decoded(loaded.model), wanted)
+
+
+def test_a_part_with_other_attention_gets_expanded_keys(tmp_path: Path) -> None:
+    """Its own configuration counts, as in a model of text and images."""
+    with served("deepseek_v3", tmp_path, sizes=SIZES, dtype=torch.float32) as loaded:
+        module = loaded.model.model.layers[1].self_attn
+        width = module.kv_b_proj.in_features
+        given = torch.randn(1, 1, 3, width), torch.randn(1, 1, 3, module.qk_rope_head_dim)
+        with torch.inference_mode():
+            assert isinstance(module.expand_kv(*given)[0], latent.LatentRows)
+        vars(module).pop("expand_kv")
+        wanted = module.expand_kv(*given)
+        module.config = copy(module.config)
+        names = ["moefit_cpu", loaded.model.config._attn_implementation]
+        undo = latent.use_latent_kernels(loaded.model, torch.float32, names[1], names)
+        module.config._attn_implementation = "eager"
+        assert loaded.model.config._attn_implementation == names[1]
+        with torch.inference_mode():
+            made = module.expand_kv(*given)
+        assert all(torch.equal(one, other) for one, other in zip(made, wanted, strict=True))
+        undo()
 
 
 def test_what_differs_in_a_trial_is_left_to_the_family(

@@ -141,7 +141,8 @@ def use_latent_kernels(
         return undo
     wanted = _logits(model)
     for module, heads in found.items():
-        cast(Any, module).expand_kv = _Expansion(module, heads, model.config, names)
+        config = getattr(module, "config", model.config)  # of its part, in a model of several parts
+        cast(Any, module).expand_kv = _Expansion(module, heads, config, names)
         changed.append(module)
     model.config._attn_implementation = name
     made = _logits(model)
