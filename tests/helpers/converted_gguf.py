@@ -59,6 +59,18 @@ def parts_of(stack: torch.Tensor, layer: str) -> dict[str, Any]:
     return {names[0]: gate.numpy(), names[1]: up.numpy()}
 
 
+def in_file(family: str, name: str, value: torch.Tensor) -> dict[str, Any]:
+    """Return a tensor by its name in a file; experts in one stack as the file has them."""
+    layer = f"{name}...".split(".")[2]
+    if name.endswith("experts.gate_up_proj"):
+        return parts_of(value, layer)
+    if name.endswith("experts.down_proj"):
+        return {f"blk.{layer}.ffn_down_exps.weight": value.numpy()}
+    own = name_in_file(FAMILIES[family], name)
+    assert own is not None, name
+    return {own: value.numpy()}
+
+
 def deepseek(kind: str, *, split: bool, layers: int = 2) -> Made:
     """Return a DeepSeek.
 
@@ -85,14 +97,8 @@ def deepseek(kind: str, *, split: bool, layers: int = 2) -> Made:
             heads = value.view(HEADS, PLAIN + VALUE, LATENT)
             tensors[f"blk.{layer}.attn_k_b.weight"] = heads[:, :PLAIN].transpose(1, 2).numpy()
             tensors[f"blk.{layer}.attn_v_b.weight"] = heads[:, PLAIN:].numpy()
-        elif name.endswith("experts.gate_up_proj"):
-            tensors |= parts_of(value, layer)
-        elif name.endswith("experts.down_proj"):
-            tensors[f"blk.{layer}.ffn_down_exps.weight"] = value.numpy()
         else:
-            own = name_in_file(FAMILIES["deepseek_v3"], name)
-            assert own is not None, name
-            tensors[own] = value.numpy()
+            tensors |= in_file("deepseek_v3", name, value)
     lengths = {"attention.key_length": PLAIN + ROTATED, "attention.value_length": VALUE}
     latent = {"attention.key_length": LATENT + ROTATED, "attention.value_length": LATENT}
     numbers = NUMBERS | {
@@ -126,19 +132,13 @@ def granite(*, shared: bool) -> Made:
         layer = f"{name}...".split(".")[2]
         if name == "lm_head.weight":
             continue
-        if name.endswith("experts.gate_up_proj"):
-            tensors |= parts_of(value, layer)
-        elif name.endswith("experts.down_proj"):
-            tensors[f"blk.{layer}.ffn_down_exps.weight"] = value.numpy()
-        elif name.endswith("shared_mlp.input_linear.weight"):
+        if name.endswith("shared_mlp.input_linear.weight"):
             for part, half in zip(("gate", "up"), value.chunk(2), strict=True):
                 tensors[f"blk.{layer}.ffn_{part}_shexp.weight"] = half.numpy()
-        else:
-            if name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of rotated units
-                value = value.view(-1, 2, 8, 64).transpose(1, 2).reshape(value.shape)
-            own = name_in_file(FAMILIES["granitemoe"], name)
-            assert own is not None, name
-            tensors[own] = value.numpy()
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of rotated units
+            value = value.view(-1, 2, 8, 64).transpose(1, 2).reshape(value.shape)
+        tensors |= in_file("granitemoe", name, value)
     numbers = NUMBERS | {
         "attention.scale": 0.125, "embedding_scale": 6.0, "logit_scale": 3.0,
         "residual_scale": 0.5, "attention.head_count_kv": 2,
@@ -193,15 +193,7 @@ def minimax_m2() -> Made:
     model, weights = made(config)
     tensors: dict[str, Any] = {}
     for name, value in weights.items():
-        layer = f"{name}...".split(".")[2]
-        if name.endswith("experts.gate_up_proj"):
-            tensors |= parts_of(value, layer)
-        elif name.endswith("experts.down_proj"):
-            tensors[f"blk.{layer}.ffn_down_exps.weight"] = value.numpy()
-        else:
-            own = name_in_file(FAMILIES["minimax_m2"], name)
-            assert own is not None, name
-            tensors[own] = value.numpy()
+        tensors |= in_file("minimax_m2", name, value)
     numbers = NUMBERS | {
         "attention.head_count_kv": 2, "attention.key_length": 32, "attention.value_length": 32,
         "expert_feed_forward_length": 32, "expert_gating_func": 2, "rope.dimension_count": 16,
