@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moefit.checkpoint.hub import download
@@ -45,7 +46,8 @@ def load(
             (SwapMoE).
         device: `cpu`, `cuda` or `cuda:N`.
         progress: Called with what is being loaded, how many of it are done, and how many there are.
-        settings: Fields of `LoadSettings` and `Policy`, such as `precision="int4"`.
+        settings: Fields of `LoadSettings` and `Policy`, such as `precision="int4"`; `dtype` is a
+            torch dtype or its name.
 
     Returns:
         A `ServedModel` with `model` and `tokenizer` (it also unpacks into these two), `generate`,
@@ -71,6 +73,10 @@ def load(
     if loading.get("draft") is not None:
         loading["draft"] = draft_folder_of(loading["draft"])
     policy = {name: value for name, value in settings.items() if name not in load_fields}
+    if isinstance(name := loading.get("dtype"), str):
+        found = getattr(torch, name.removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):  # other names are refused with the settings
+            loading["dtype"] = found
     chosen = LoadSettings(memory=memory, mode=mode, device=device, **loading)
     return load_folder(folder_of(model), chosen, progress=progress, **policy)
 

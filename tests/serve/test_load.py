@@ -10,6 +10,7 @@ from serving import differs_by
 from tiny_served import COMMON, FAMILIES, Disk, logits, reading_through, saved, tiny, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import moefit
 from moefit.checkpoint.safetensors import SINGLE
 from moefit.errors import BudgetTooSmallError, CheckpointError, ConfigError, UnsupportedModelError
 from moefit.serve import load
@@ -128,6 +129,18 @@ def test_invalid_policies_raise(folder: Path, policy: dict[str, Any], says: str)
     with pytest.raises(ConfigError, match=says):
         load_model(folder, LoadSettings(), **policy)
     assert open_files(folder) == 0
+
+
+@pytest.mark.parametrize("name", ["float32", "torch.float32"])
+def test_dtype_may_be_a_name(folder: Path, name: str) -> None:
+    with moefit.load(folder, dtype=name) as served:
+        assert {weight.dtype for weight in served.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["fp32", "Tensor", "int8"])
+def test_unknown_name_of_a_dtype_raises(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not torch\.float32, torch\.bfloat16 or"):
+        moefit.load(folder, dtype=name)
 
 
 def floor_of(folder: Path, **settings: Any) -> MemoryBudget:
