@@ -1,11 +1,12 @@
 """Write a checkpoint of a real model's shape with random weights, to measure speed.
 
-    python benchmarks/make_checkpoint.py switch-base-64 FOLDER [--layers 12] [--gguf FILE]
+    python benchmarks/make_checkpoint.py switch-base-64 FOLDER [--layers 12] [--fp8] [--gguf FILE]
 
 Needs a few hundred MB of memory for any size. Names and layout are those on the Hub, from
 transformers' reverse conversion of a model on the meta device; gpt-oss's experts are in MXFP4.
 `--gguf` writes the same model once more (gpt-oss only), as published GGUF files have it: experts in
-MXFP4, other matrices in Q8_0.
+MXFP4, other matrices in Q8_0. `--fp8` writes the matrices of layers but the routers in FP8 with a
+scale per 128 x 128, as Qwen's and DeepSeek's published files have them.
 """
 
 import argparse
@@ -99,9 +100,22 @@ SHAPES: dict[str, tuple[PreTrainedConfig, str, torch.dtype]] = {
     ),
 }  # fmt: skip
 SHARD = 2 << 30
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 GROUP = 32  # weights that share a scale in MXFP4
 SCALES = 120, 122  # exponents plus 127, from and below: weights of about 0.02
+SIDE = 128  # rows and columns of a block that shares a scale in FP8
+FP8_SCALE = 2.0**-12  # of weights of about 0.02: the codes' spread is then 82 of at most 448
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [SIDE, SIDE],
+}
 
 
 def main() -> None:
@@ -110,9 +124,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", help="a folder's, or reference: the shipped model's")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    parser.add_argument("--fp8", action="store_true", help="matrices of layers in FP8")
     parser.add_argument("--gguf", type=Path, help="also write the model as this file")
     arguments = parser.parse_args()
-    write(arguments.shape, arguments.folder, arguments.layers)
+    write(arguments.shape, arguments.folder, arguments.layers, fp8=arguments.fp8)
     if arguments.gguf:
         make_gguf.write(arguments.folder, arguments.gguf)
     if arguments.tokenizer:
@@ -120,7 +135,7 @@ def main() -> None:
         tokenizer.save_pretrained(arguments.folder)
 
 
-def write(shape: str, folder: Path, layers: int | None = None) -> None:
+def write(shape: str, folder: Path, layers: int | None = None, *, fp8: bool = False) -> None:
     config, architecture, dtype = SHAPES[shape]
     if layers is not None:
         changed = {"num_hidden_layers": layers, "layer_types": None}
@@ -133,12 +148,17 @@ def write(shape: str, folder: Path, layers: int | None = None) -> None:
     if config.model_type == "gpt_oss":
         tensors = with_mxfp4(tensors)
         config.quantization_config = {"quant_method": "mxfp4"}
+    elif fp8:
+        tensors = with_fp8(tensors)
+        config.quantization_config = FP8
     config.save_pretrained(folder)
     tied = set(model.all_tied_weights_keys)
     shards = list(in_shards({k: v for k, v in tensors.items() if k not in tied}))
     generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(16 << 20, generator=generator) * 0.02
     noise = {
-        "weights": (torch.randn(16 << 20, generator=generator) * 0.02).to(dtype),
+        "weights": normal.to(dtype),
+        "fp8": (normal / FP8_SCALE).to(torch.float8_e4m3fn),
         "codes": torch.randint(256, (16 << 20,), dtype=torch.uint8, generator=generator),
         "scales": torch.randint(*SCALES, (1 << 20,), dtype=torch.uint8, generator=generator),
     }
@@ -164,6 +184,18 @@ def with_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         shape = (experts, outputs, inputs // GROUP)
         for suffix, its_shape in (("blocks", (*shape, GROUP // 2)), ("scales", shape)):
             out[f"{name}_{suffix}"] = torch.empty(its_shape, dtype=torch.uint8, device="meta")
+    return out
+
+
+def with_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace matrices of layers [R, C], routers apart, by codes and scales per block."""
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        out[name] = tensor
+        if name.endswith("_proj.weight"):
+            blocks = tuple(-(-size // SIDE) for size in tensor.shape)
+            out[name] = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn, device="meta")
+            out[f"{name}_scale_inv"] = torch.empty(blocks, dtype=torch.bfloat16, device="meta")
     return out
 
 
@@ -198,18 +230,25 @@ def write_shard(path: Path, shard: dict[str, torch.Tensor], noise: dict[str, tor
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for number, (name, tensor) in enumerate(shard.items()):
-            codes = "scales" if name.endswith("_scales") else "codes"
-            kind = "weights" if tensor.dtype != torch.uint8 else codes
-            for block in blocks(name, tensor, noise[kind], number):
+            for block in blocks(name, tensor, noise[kind_of(name, tensor)], number):
                 file.write(block)
+
+
+def kind_of(name: str, tensor: torch.Tensor) -> str:
+    """Return which noise a tensor is made of."""
+    if tensor.dtype == torch.uint8:
+        return "scales" if name.endswith("_scales") else "codes"
+    return "fp8" if tensor.dtype == torch.float8_e4m3fn else "weights"
 
 
 def blocks(
     name: str, tensor: torch.Tensor, noise: torch.Tensor, number: int
 ) -> Iterator[memoryview]:
-    """Yield the tensor's bytes: ones for norms, else windows of the noise at varying offsets."""
-    if "norm" in name:
-        data: Any = torch.ones(tensor.shape, dtype=tensor.dtype).view(-1).view(torch.uint8).numpy()
+    """Yield the tensor's bytes: one value in norms and FP8's scales, else windows of the noise."""
+    if "norm" in name or name.endswith("_scale_inv"):
+        value = 1.0 if "norm" in name else FP8_SCALE
+        data: Any = torch.full((tensor.numel(),), value, dtype=tensor.dtype)
+        data = data.view(torch.uint8).numpy()
         yield memoryview(data)
         return
     if "embed_tokens" in name or "shared.weight" in name:
