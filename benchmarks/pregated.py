@@ -1,8 +1,9 @@
 """Fine-tune a small sparse model into a pre-gated one, beside its base at equal further tokens.
 
 A base is trained; from it runs go on with the same text, seeds and rates: the base, a model whose
-routers are given what the block before is and one whose tokens are routed by the logits of the
-token before, each also with KL to the old routers. Runs are resumed where they stopped.
+routers are given what the block before is, one whose tokens are routed by the logits of the token
+before and one that also sees the token's embedding, each also with KL to the old routers. Runs are
+resumed where they stopped.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 
 import record
 
-from moefit.dsmoe.config import PREVIOUS_TOKEN
+from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING, PREVIOUS_TOKEN
 from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
@@ -39,6 +40,8 @@ RUNS = (
     ("pregated-kl", True, 0.03),
     ("previous-token", PREVIOUS_TOKEN, 0.0),
     ("previous-token-kl", PREVIOUS_TOKEN, 0.03),
+    ("embedding", PREVIOUS_AND_EMBEDDING, 0.0),
+    ("embedding-kl", PREVIOUS_AND_EMBEDDING, 0.03),
 )
 
 
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=300, help="further steps")
     parser.add_argument("--begin", type=Path, help="model or run to start from; none is trained")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of further steps")
+    parser.add_argument("--runs", nargs="+", choices=[one[0] for one in RUNS])
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
     begin, losses = given.begin, dict[str, dict[int, float]]()
@@ -97,7 +101,8 @@ def main() -> None:
         begin = given.out / "start"
         finish(config(given, "start", given.steps, 3e-3))
         losses["start"] = held_out(begin)
-    for name, pregated, kl in RUNS:
+    runs = [one for one in RUNS if given.runs is None or one[0] in ("base", *given.runs)]
+    for name, pregated, kl in runs:
         loss = {"load_balancing": 0.0, "gate_kl": kl} if pregated else {}
         more = config(
             given, name, given.more, given.rate, seed=1, loss=loss, eval_tokens=65_536,
@@ -107,7 +112,7 @@ def main() -> None:
         losses[name] = held_out(given.out / name)
         print(name, losses[name], flush=True)
     last = {name: list(one.values())[-1] for name, one in losses.items()}
-    changes = {name: math.expm1(last[name] - last["base"]) for name, _, _ in RUNS}
+    changes = {name: math.expm1(last[name] - last["base"]) for name, _, _ in runs}
     print({name: f"{change:+.2%}" for name, change in changes.items()})
     if given.record:
         notes = (

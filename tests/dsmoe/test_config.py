@@ -132,6 +132,11 @@ def test_previous_token_needs_experts_to_choose() -> None:
     assert "num_experts=1; give 2 or more, or pregated=false" in said
 
 
+def test_routers_without_weights_see_no_embedding() -> None:
+    said = message(pregated="previous_token_and_embedding", router_type="grap")
+    assert "give router_type='linear', or pregated='previous_token'" in said
+
+
 def test_config_error_is_value_error() -> None:
     with pytest.raises(ValueError, match="num_experts=0"):
         DsMoeConfig(num_experts=0)
@@ -154,7 +159,11 @@ def test_sizes_must_be_integers(value) -> None:
         ("rms_norm_eps", [0, "1e-6", [1e-6]], "a number above 0"),
         ("attention_dropout", [1, -0.1, "0.1"], "a number of at least 0 and below 1"),
         ("qk_norm", [1, "true", None], "true or false"),
-        ("pregated", [1, "yes", None], "true, false or 'previous_token'"),
+        (
+            "pregated",
+            [1, "yes", None],
+            "true, false, 'previous_token' or 'previous_token_and_embedding'",
+        ),
         ("use_cache", ["no"], "true or false"),
         ("output_router_logits", [0], "true or false"),
         ("tie_word_embeddings", ["yes"], "true or false"),

@@ -24,10 +24,11 @@ PAPER = {
 OLMOE_SHAPED = {"qk_norm": True, "num_key_value_heads": 2}
 PREGATED = {"pregated": True, "num_hidden_layers": 3, "qk_norm": True}
 PREVIOUS = {**PAPER, "pregated": "previous_token"}
+EMBEDDING = {**PREVIOUS, "pregated": "previous_token_and_embedding"}
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [PLAIN, PAPER, OLMOE_SHAPED, PREGATED, PREVIOUS],
-    ids=["plain", "paper", "olmoe", "pregated", "previous_token"],
+    [PLAIN, PAPER, OLMOE_SHAPED, PREGATED, PREVIOUS, EMBEDDING],
+    ids=["plain", "paper", "olmoe", "pregated", "previous_token", "embedding"],
 )
 RULES = (
     "dense",

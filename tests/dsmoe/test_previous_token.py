@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tokens
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from moefit.cache_argument import forward_with_cache, with_cache
@@ -18,6 +19,9 @@ SHAPE: dict[str, Any] = {
     "pregated": "previous_token", "num_hidden_layers": 3, "qk_norm": True,
     "inference_rule": "top_k:2",
 }  # fmt: skip
+
+
+FORMS = ["previous_token", "previous_token_and_embedding"]
 
 
 def model_of(**changes: Any) -> DsMoeForCausalLM:
@@ -38,12 +42,14 @@ def whole(model: Any, ids_BT: Tensor, **inputs: Any) -> Tensor:
     return model(ids_BT, use_cache=False, **inputs).logits
 
 
-@pytest.mark.parametrize("hidden", [None, 6])
-@pytest.mark.parametrize("router", ["linear", "grap"])
-def test_a_token_is_routed_by_the_logits_of_the_one_before(router: str, hidden: int | None) -> None:
-    if router == "grap" and hidden:
-        pytest.skip("it has no hidden layer")
-    model = model_of(router_type=router, router_hidden_size=hidden, num_experts=4)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("router", "hidden"), [("linear", None), ("linear", 6), ("grap", None)])
+def test_a_token_is_routed_by_the_logits_of_the_one_before(
+    router: str, hidden: int | None, form: str
+) -> None:
+    if router == "grap" and form != FORMS[0]:
+        pytest.skip("it has no weights for an embedding")
+    model = model_of(router_type=router, router_hidden_size=hidden, num_experts=4, pregated=form)
     ids_BT, given, used = tokens(2, 9), [], []
     blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
     for block in blocks:
@@ -55,11 +61,19 @@ def test_a_token_is_routed_by_the_logits_of_the_one_before(router: str, hidden: 
             blocks, given, found, used, strict=True
         ):
             own_BTE = block.gate.logits(x_BTD)
-            expected = torch.cat([own_BTE[:, :1], own_BTE[:, :-1]], dim=1).flatten(0, 1)
+            expected = torch.cat([own_BTE[:, :1], own_BTE[:, :-1]], dim=1)
+            if form == FORMS[1]:
+                e_BTD = model.model.embed_tokens(ids_BT)
+                e_BTD = e_BTD / (e_BTD.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+                hidden = F.gelu(e_BTD @ block.gate.embedding_up.T + block.gate.embedding_bias)
+                expected = expected + hidden @ block.gate.embedding_weight.T
+            expected = expected.flatten(0, 1)
             torch.testing.assert_close(logits, expected)
             best = expected.softmax(-1).topk(2)
             assert torch.equal(ids_TK.sort().values, best.indices.sort().values)
             torch.testing.assert_close(weights_TK.sum(-1), best.values.sum(-1))
+    if form == FORMS[1]:
+        return
     plain = model_of(router_type=router, router_hidden_size=hidden, num_experts=4, pregated=False)
     plain.load_state_dict(model.state_dict())  # the same names and shapes
     difference = (whole(plain, ids_BT) - whole(model, ids_BT)).abs().amax(-1)
@@ -69,8 +83,9 @@ def test_a_token_is_routed_by_the_logits_of_the_one_before(router: str, hidden: 
 
 @pytest.mark.parametrize("rule", ["top_k:2", "top_k:2:renormalize", "threshold:0.9", "dense"])
 @pytest.mark.parametrize("sizes", [[11], [1] * 11, [4, 1, 3, 1, 1, 1]])
-def test_a_text_in_parts_equals_the_whole(rule: str, sizes: list[int]) -> None:
-    model, ids_BT = model_of(inference_rule=rule), tokens(2, 11)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_text_in_parts_equals_the_whole(form: str, rule: str, sizes: list[int]) -> None:
+    model, ids_BT = model_of(inference_rule=rule, pregated=form), tokens(2, 11)
     expected = whole(model, ids_BT)
     for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
         torch.testing.assert_close(
@@ -110,8 +125,9 @@ def test_the_first_token_after_padding_has_none_before_it(named: bool) -> None:
 
 
 @torch.no_grad()
-def test_generated_beside_padding_as_alone() -> None:
-    model, ids_BT = model_of(), tokens(2, 6)
+@pytest.mark.parametrize("form", FORMS)
+def test_generated_beside_padding_as_alone(form: str) -> None:
+    model, ids_BT = model_of(pregated=form), tokens(2, 6)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :3] = 0
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -142,10 +158,11 @@ def test_caches_without_room_for_logits_are_refused() -> None:
         in_chunks(model, ids_BT, [5], cache)
 
 
-def test_activation_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_activation_checkpointing_gives_the_same_gradients(form: str) -> None:
     ids_BT, found = tokens(2, 9), []
     for checkpointing in (False, True):
-        model = model_of().train()
+        model = model_of(pregated=form).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model(**with_cache({"input_ids": ids_BT, "labels": ids_BT}, None, model)).loss.backward()

@@ -26,6 +26,7 @@ MODELS = {
     "grap": {"router_type": "grap", "num_experts": 4, "inference_rule": "top_k:1"},
     "pregated": {"pregated": True, "num_hidden_layers": 3, "inference_rule": "top_k:2"},
     "previous": {**MOA, "pregated": "previous_token", "inference_rule": "top_k:2"},
+    "embedding": {**MOA, "pregated": "previous_token_and_embedding", "inference_rule": "top_k:2"},
     "single": {"num_experts": 1, "qk_norm": True, "tie_word_embeddings": True},
 }
 WITHOUT_MOEFIT = """

@@ -22,8 +22,9 @@ from tests.engine.test_growth import CONTEXT, LONG, budgeted, text
 from tests.engine.test_growth import SHAPE as GROWING
 
 SHAPE: dict[str, Any] = {
-    "pregated": "previous_token", "hidden_size": 64, "num_attention_heads": 2, "num_experts": 8,
-    "num_hidden_layers": 3, "max_position_embeddings": 256, "inference_rule": "top_k:2",
+    "pregated": "previous_token_and_embedding", "hidden_size": 64, "num_attention_heads": 2,
+    "num_experts": 8, "num_hidden_layers": 3, "max_position_embeddings": 256,
+    "inference_rule": "top_k:2",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING, DsMoeConfig
 from moefit.dsmoe.previous_token import Shift
 from moefit.moe.experts import (
     ExpertWeights,
@@ -33,19 +33,34 @@ from moefit.moe.routing import (
     route_allowed,
 )
 
+EMBEDDING_WIDTH = 8  # hidden units per expert of what a router makes of the embedding
+
 
 class DsMoeRouter(nn.Module):
     """A linear or two-layer router, computed in float32.
 
     In bfloat16 the choice between experts with similar logits would depend on the kernel.
+
+    Args:
+        config: The model's.
+        num_experts: That it chooses among.
+        embedding: Whether it also sees the embedding of the token, in passes with a shift: through
+            two layers, since what token is there decides by which experts, and a linear map of the
+            embedding does not tell tokens apart well enough.
     """
 
-    def __init__(self, config: DsMoeConfig, num_experts: int):
+    def __init__(self, config: DsMoeConfig, num_experts: int, *, embedding: bool = False):
         super().__init__()
         hidden = config.router_hidden_size
         width = config.hidden_size if hidden is None else hidden
         self.hidden = None if hidden is None else nn.Linear(config.hidden_size, hidden)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.embedding_weight = None
+        if embedding:
+            wide = EMBEDDING_WIDTH * num_experts
+            self.embedding_up = nn.Parameter(torch.empty(wide, config.hidden_size))
+            self.embedding_bias = nn.Parameter(torch.empty(wide))
+            self.embedding_weight = nn.Parameter(torch.empty(num_experts, wide))
 
     def forward(self, x_TD: Tensor, *, shift: Shift | None = None) -> Tensor:
         """Return logits [.., E] for x [.., D].
@@ -56,7 +71,23 @@ class DsMoeRouter(nn.Module):
                 then returned as [B * T, E]; None for their own.
         """
         logits_TE = self.logits(x_TD)
-        return logits_TE if shift is None else shift(logits_TE).flatten(0, 1)
+        if shift is None:
+            return logits_TE
+        logits_BTE = shift(logits_TE)
+        if self.embedding_weight is not None:
+            logits_BTE = logits_BTE + self.logits_of_embedding(shift.embedding_BTD)
+        return logits_BTE.flatten(0, 1)
+
+    def logits_of_embedding(self, embedding_TD: Tensor) -> Tensor:
+        """Return what tokens' normed embeddings [.., D] add to their logits [.., E].
+
+        Only routers that see the embedding have weights for it.
+        """
+        assert self.embedding_weight is not None
+        with torch.autocast(device_type=embedding_TD.device.type, enabled=False):
+            up, bias = map(at_least_float32, (self.embedding_up, self.embedding_bias))
+            hidden = F.gelu(F.linear(at_least_float32(embedding_TD), up, bias))
+            return F.linear(hidden, at_least_float32(self.embedding_weight))
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each token's own logits [.., E]."""
@@ -78,6 +109,7 @@ class GrapRouter(DsMoeRouter):
     def __init__(self, config: DsMoeConfig):
         nn.Module.__init__(self)
         self.num_experts = config.num_experts
+        self.embedding_weight = None
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return each token's own logits [.., E]."""
@@ -89,7 +121,8 @@ def _mlp_router(config: DsMoeConfig) -> DsMoeRouter | None:
         return None
     if config.router_type == "grap":
         return GrapRouter(config)
-    return DsMoeRouter(config, config.num_experts)
+    embedding = config.pregated == PREVIOUS_AND_EMBEDDING
+    return DsMoeRouter(config, config.num_experts, embedding=embedding)
 
 
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)

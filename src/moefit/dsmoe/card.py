@@ -7,7 +7,8 @@ norms, activations, softmax, rotary positions and embedding look-ups.
 from dataclasses import dataclass
 from typing import Any
 
-from moefit.dsmoe.config import DsMoeConfig
+from moefit.dsmoe.block import EMBEDDING_WIDTH
+from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING, DsMoeConfig
 from moefit.errors import ConfigError
 from moefit.moe.routing import Rule, default_rules
 
@@ -201,20 +202,24 @@ def model_card(config: DsMoeConfig) -> ModelCard:
     if config.qk_norm:
         norms += layers * (query_width + key_value_width)
     linear = config.router_type == "linear"
+    mlp_router = _router(config, config.num_experts) if linear else 0
+    if config.pregated == PREVIOUS_AND_EMBEDDING:
+        mlp_router += EMBEDDING_WIDTH * config.num_experts * (width + 1 + config.num_experts)
     parameters = Parameters(
         embeddings=embeddings,
         head=0 if config.tie_word_embeddings else embeddings,
         attention=layers * 2 * width * (query_width + key_value_width),
         attention_routers=layers * _router(config, config.num_attention_experts),
         mlp_experts=layers * config.num_experts * matrices * width * config.intermediate_size,
-        mlp_routers=layers * (_router(config, config.num_experts) if linear else 0),
+        mlp_routers=layers * mlp_router,
         norms=norms,
     )
+    biases = EMBEDDING_WIDTH * config.num_experts * (config.pregated == PREVIOUS_AND_EMBEDDING)
     routers = (config.num_experts > 1) + (config.num_attention_experts > 1)
     return ModelCard(
         parameters=parameters,
         query_output=layers * 2 * width * query_width,
-        vectors=norms + layers * routers * (config.router_hidden_size or 0),
+        vectors=norms + layers * (routers * (config.router_hidden_size or 0) + biases),
         head_matrix=embeddings,
         num_layers=layers,
         num_experts=config.num_experts,

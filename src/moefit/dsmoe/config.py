@@ -32,6 +32,7 @@ SIZES = (
 )
 FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
 PREVIOUS_TOKEN = "previous_token"  # a value of `pregated`
+PREVIOUS_AND_EMBEDDING = "previous_token_and_embedding"  # another
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _Bound = tuple[Callable[[float], bool], str]
 _AT_LEAST_0: _Bound = (lambda value: value >= 0, "a number of at least 0")
@@ -63,7 +64,9 @@ class DsMoeConfig(PreTrainedConfig):
             given the inputs of the block before (Pre-gated MoE, arXiv 2308.12066).
             `previous_token`: each token is routed by the router's logits for the token before, so
             that the experts of all blocks are known before a step (as in Edge0, arXiv 2609.18063).
-            Weights have the same names and shapes in all of them.
+            Weights have the same names and shapes in all of these.
+            `previous_token_and_embedding`: the same, and two layers of each router add what they
+            make of the token's own embedding, which is known as early.
         router_hidden_size: Hidden width of a two-layer router; None for a linear router.
         routed_scaling_factor: Factor on the MLP experts' weights (DeepSeek's name). It compensates
             for scores that start at 1 / E.
@@ -170,16 +173,22 @@ class DsMoeConfig(PreTrainedConfig):
         )
 
     @property
+    def by_token_before(self) -> bool:
+        """Return whether tokens are routed by the logits of the token before."""
+        return self.pregated in (PREVIOUS_TOKEN, PREVIOUS_AND_EMBEDDING)
+
+    @property
     def kept_logit_bytes(self) -> int:
-        """Return the bytes per token that `previous_token` keeps beside keys and values."""
-        if self.pregated != PREVIOUS_TOKEN:
+        """Return the bytes per token that are kept of router logits beside keys and values."""
+        if not self.by_token_before:
             return 0
         return self.num_hidden_layers * self.num_experts * 4  # in float32
 
     def _check_pregated(self) -> None:
         _require(
-            isinstance(self.pregated, bool) or self.pregated == PREVIOUS_TOKEN,
-            f"pregated={self.pregated!r}, but it must be true, false or {PREVIOUS_TOKEN!r}",
+            isinstance(self.pregated, bool) or self.by_token_before,
+            f"pregated={self.pregated!r}, but it must be true, false, {PREVIOUS_TOKEN!r} or "
+            f"{PREVIOUS_AND_EMBEDDING!r}",
         )
         _require(
             self.pregated is not True or (self.num_experts > 1 and self.num_hidden_layers > 1),
@@ -188,8 +197,8 @@ class DsMoeConfig(PreTrainedConfig):
             "more, or pregated=false",
         )
         _require(
-            self.pregated != PREVIOUS_TOKEN or self.num_experts > 1,
-            f"pregated={PREVIOUS_TOKEN!r} lets a token choose the experts of the next one, but "
+            not self.by_token_before or self.num_experts > 1,
+            f"pregated={self.pregated!r} lets a token choose the experts of the next one, but "
             f"num_experts={self.num_experts}; give 2 or more, or pregated=false",
         )
 
@@ -201,6 +210,12 @@ class DsMoeConfig(PreTrainedConfig):
         )
         if self.router_type == "linear":
             return
+        _require(
+            self.pregated != PREVIOUS_AND_EMBEDDING,
+            f"pregated={PREVIOUS_AND_EMBEDDING!r} gives routers weights for the embedding, but "
+            "router_type='grap' has none; give router_type='linear', or "
+            f"pregated={PREVIOUS_TOKEN!r}",
+        )
         _require(
             self.num_experts > 1 and self.router_hidden_size is None,
             f"router_type='grap' has no hidden layer and needs several experts, but "

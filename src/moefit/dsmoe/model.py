@@ -36,9 +36,9 @@ from moefit.dsmoe.block import (
     DsMoeRouter,
     GrapRouter,
 )
-from moefit.dsmoe.config import PREVIOUS_TOKEN, DsMoeConfig
+from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
-from moefit.dsmoe.previous_token import PreviousToken, Shift
+from moefit.dsmoe.previous_token import PreviousToken, Shift, normed_embedding
 from moefit.moe.routing import Rule
 
 
@@ -115,6 +115,10 @@ class DsMoePreTrainedModel(PreTrainedModel):
                 init.normal_(weight, std=std)
         elif isinstance(module, DsMoeRouter) and not isinstance(module, GrapRouter):
             init.normal_(module.weight, std=std)
+            if module.embedding_weight is not None:
+                init.normal_(module.embedding_up, std=module.embedding_up.shape[1] ** -0.5)
+                init.zeros_(module.embedding_bias)
+                init.normal_(module.embedding_weight, std=std)
 
 
 class DsMoeModel(DsMoePreTrainedModel):
@@ -188,7 +192,7 @@ class DsMoeModel(DsMoePreTrainedModel):
             CACHE_NAME: cache,
         }
         pregated = self.config.pregated
-        previous = self._previous(cache, position_ids, attention_mask)
+        previous = self._previous(cache, x_BTD, position_ids, attention_mask)
         if pregated is True:
             kwargs["gate_BTD"] = None  # the first router is given its own block's inputs
         for index, layer in enumerate(self.layers):
@@ -202,14 +206,21 @@ class DsMoeModel(DsMoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **named)
 
     def _previous(
-        self, cache: Cache | None, position_ids: Tensor, attention_mask: Tensor | None
+        self,
+        cache: Cache | None,
+        x_BTD: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
     ) -> PreviousToken | None:
         """Return by which token each is routed; None for itself."""
-        if self.config.pregated != PREVIOUS_TOKEN:
+        if not self.config.by_token_before:
             return None
         if self.training and self.gradient_checkpointing:
             cache = None  # layers are given none either, and the backward pass repeats them
-        return PreviousToken.of(cache, position_ids, attention_mask, len(self.layers))
+        embedding_BTD = normed_embedding(x_BTD, self.config.rms_norm_eps)
+        return PreviousToken.of(
+            cache, position_ids, attention_mask, embedding_BTD, len(self.layers)
+        )
 
 
 def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -6,15 +6,17 @@ in Edge0, arXiv 2609.18063). The first token of a text has none before it and is
 logits, as in other models. So is the first token after padding, and a document's first where
 documents are kept apart.
 
+With `pregated: previous_token_and_embedding` each router also has weights for the token's own
+embedding, which is known before a step too. What they make of it is added to these logits.
+
 The logits of past tokens are kept in the KV cache, in a layer per block behind those of keys and
 values, so that everything that changes a cache (crop, reorder, repeat) changes them too.
 
 Shapes: B sequences, T tokens of the pass, N tokens with the cached ones, E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -23,9 +25,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moefit.errors import ConfigError, UnsupportedModelError
-
-Shift = Callable[[Tensor], Tensor]
-"""From the logits [B, T, E] that a router makes of tokens to those by which they are routed."""
+from moefit.moe.routing import at_least_float32
 
 
 @runtime_checkable
@@ -75,11 +75,13 @@ class PreviousToken:
             are alike.
         requests: A KV cache that several sequences share; None for another.
         layers: Layers for logits of another KV cache; empty in a pass over whole sequences.
+        embedding_BTD: Normed embeddings of the tokens of the pass.
     """
 
     follows_BT: Tensor
     requests: LogitsOfRequests | None
     layers: Sequence[RouterLogits]
+    embedding_BTD: Tensor
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class PreviousToken:
         cache: Cache | None,
         position_ids: Tensor,
         attention_mask: Tensor | None,
+        embedding_BTD: Tensor,
         blocks: int,
     ) -> "PreviousToken":
         """Return what a pass needs; adds layers for logits to a new cache.
@@ -95,6 +98,7 @@ class PreviousToken:
             cache: Of the tokens before; None in a pass over whole sequences.
             position_ids: [B, T] or [1, T].
             attention_mask: [B, N], 0 for padding; ignored if of another form.
+            embedding_BTD: Normed embeddings of the tokens.
             blocks: Number of blocks.
 
         Raises:
@@ -106,17 +110,18 @@ class PreviousToken:
             before_BN = F.pad(attention_mask, (1, 0))[:, :-1].bool()
             follows_BT = follows_BT & before_BN[:, -follows_BT.shape[1] :]
         if isinstance(cache, LogitsOfRequests):
-            return cls(follows_BT, cache, ())
+            return cls(follows_BT, cache, (), embedding_BTD)
         layers = () if cache is None else _layers_for_logits(cache, blocks)
         if not layers or not layers[0].get_seq_length():
             follows_BT[:, 0] = False
-        return cls(follows_BT, None, layers)
+        return cls(follows_BT, None, layers, embedding_BTD)
 
-    def of_block(self, block: int) -> Shift:
+    def of_block(self, block: int) -> "Shift":
         """Return by which logits a block routes, given its router's own."""
-        return partial(self._shifted, block)
+        return Shift(self, block)
 
-    def _shifted(self, block: int, logits_BTE: Tensor) -> Tensor:
+    def shifted(self, block: int, logits_BTE: Tensor) -> Tensor:
+        """Keep a block's logits of the tokens of the pass, and return those before each."""
         if self.requests is not None:
             before_BTE = self.requests.logits_before(block, logits_BTE)
         elif self.layers:
@@ -126,6 +131,35 @@ class PreviousToken:
             before_BTE = _before_last(logits_BTE, logits_BTE.shape[1])
         follows_BT1 = self.follows_BT[..., None].to(logits_BTE.device)  # layers may be on several
         return torch.where(follows_BT1, before_BTE, logits_BTE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shift:
+    """From the logits [B, T, E] that a router makes of tokens to those of the tokens before.
+
+    Attributes:
+        previous: Of the pass.
+        block: Index of the router's block.
+    """
+
+    previous: PreviousToken
+    block: int
+
+    def __call__(self, logits_BTE: Tensor) -> Tensor:
+        """Return the logits of the token before each, or its own of a first token."""
+        return self.previous.shifted(self.block, logits_BTE)
+
+    @property
+    def embedding_BTD(self) -> Tensor:
+        """Return the normed embeddings of the tokens."""
+        return self.previous.embedding_BTD
+
+
+def normed_embedding(x_TD: Tensor, eps: float) -> Tensor:
+    """Return embeddings [.., D] divided by their root mean square, in float32."""
+    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        x_TD = at_least_float32(x_TD)
+        return F.rms_norm(x_TD, x_TD.shape[-1:], eps=eps)
 
 
 def _before_last(all_BNE: Tensor, last: int) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moefit.checkpoint.model_folder import read_json_or_empty
-from moefit.dsmoe.config import PREVIOUS_TOKEN, DsMoeConfig
+from moefit.dsmoe.config import DsMoeConfig
 from moefit.moe.routing import Rule
 from moefit.serve.memory.budget import format_bytes
 
@@ -78,7 +78,7 @@ def _refused(config: DsMoeConfig) -> str:
     if config.router_type != "linear":
         return f"router_type={config.router_type}"
     if config.pregated:
-        before = "token" if config.pregated == PREVIOUS_TOKEN else "block"
+        before = "token" if config.by_token_before else "block"
         value = str(config.pregated).lower()
         return f"pregated={value}, routers that are given the inputs of the {before} before"
     return ""

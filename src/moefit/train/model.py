@@ -36,6 +36,10 @@ def initial_folder(source: str) -> Path:
     return found[-1]
 
 
+NEW_IN_ROUTERS = tuple(f".mlp.gate.embedding_{name}" for name in ("up", "bias", "weight"))
+"""Weights of `pregated: previous_token_and_embedding` that a model to start from may lack."""
+
+
 def load_initial_weights(model: PreTrainedModel, source: str) -> None:
     """Copy weights into a model by name.
 
@@ -85,7 +89,9 @@ def _load_olmoe(model: OlmoeForCausalLM, stored: Checkpoint, source: str) -> Non
 def _copy_weights(model: PreTrainedModel, stored: Checkpoint, source: str) -> None:
     weights = model.state_dict()
     tied = set(model.all_tied_weights_keys)
-    wrong = [f"lacks {name}" for name in sorted(weights.keys() - stored.spans.keys() - tied)]
+    lacking = sorted(weights.keys() - stored.spans.keys() - tied)
+    new = [name for name in lacking if name.endswith(NEW_IN_ROUTERS)]
+    wrong = [f"lacks {name}" for name in lacking if name not in new]
     wrong += [f"has {name}" for name in sorted(stored.spans.keys() - weights.keys())]
     wrong += [
         f"has {name} {list(span.shape)}, not {list(weights[name].shape)}"
@@ -93,6 +99,9 @@ def _copy_weights(model: PreTrainedModel, stored: Checkpoint, source: str) -> No
         if name in weights and span.shape != tuple(weights[name].shape)
     ]
     _refuse_differences(wrong, source)
+    for name in new:
+        if name.endswith("_weight"):
+            weights[name].zero_()  # routes as without them
     for name, span in stored.spans.items():
         if weights[name].is_floating_point():
             refuse_integers(span, name)

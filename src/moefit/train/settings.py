@@ -159,7 +159,7 @@ class LossConfig(Strict):
     """Weight of the mean squared change of routing from one token to the next."""
     gate_kl: float = Field(default=0.0, ge=0)
     """Weight of KL(old || new) between the routers of `start_from` and pre-gated ones
-    (`model.pregated`, true or previous_token), summed over layers."""
+    (any value of `model.pregated` but false), summed over layers."""
     locality: float = Field(default=0.0, ge=0)
     """mu of LocMoE's locality loss, which keeps tokens on the machine that they are on; summed over
     layers. Needs `parallel.experts: all_to_all`, and pays with `data.shard_by: source` only."""

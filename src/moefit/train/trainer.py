@@ -29,6 +29,7 @@ from moefit.train.data.tokenizer import vocabulary_size
 from moefit.train.data.tokens import PreparedData
 from moefit.train.display import TrainingCallback
 from moefit.train.memory.budget_aware import BudgetAware
+from moefit.train.memory.early_routers import fit_early_routers
 from moefit.train.memory.expert_dropout import (
     CALIBRATION_BATCHES,
     AllowedExperts,
@@ -99,6 +100,9 @@ class Trainer:
         self.model = self.processes.agreed(self._build_model)
         self.processes.agreed(self._check_model)
         self.teacher = GateTeacher.of(config, self.model)  # copies whole routers
+        resumes = self.processes.on_main(lambda: bool(checkpoint.checkpoints(out)))
+        if not resumes and (said := fit_early_routers(config, self.model, data)) is not None:
+            callback.on_message(said)
         self.parallel.wrap(self.model)
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.dropout = ExpertDropout.of(config, self.model)

@@ -10,6 +10,7 @@ from tiny_models import tiny_model, tokens
 from torch import Tensor
 
 from moefit.cache_argument import forward_with_cache
+from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING, PREVIOUS_TOKEN
 from moefit.errors import UnsupportedModelError
 from moefit.evaluate.prediction import measure_prediction
 from moefit.moe.routing import Routing
@@ -22,9 +23,9 @@ EXPERTS, LAYERS = 8, 4
 INPUTS = {"input_ids": tokens(1, 11)}
 
 
-def model_of(rule: str = "top_k:2") -> Any:
+def model_of(rule: str = "top_k:2", form: str = PREVIOUS_AND_EMBEDDING) -> Any:
     return tiny_model(
-        pregated="previous_token", num_experts=EXPERTS, num_hidden_layers=LAYERS, qk_norm=True,
+        pregated=form, num_experts=EXPERTS, num_hidden_layers=LAYERS, qk_norm=True,
         inference_rule=rule,
     )  # fmt: skip
 
@@ -66,8 +67,10 @@ class Checked(StepReader):
             self.compared += 1
 
 
+@pytest.mark.parametrize("form", [PREVIOUS_TOKEN, PREVIOUS_AND_EMBEDDING])
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:3:renormalize"])
-def test_the_choice_of_all_blocks_is_known_before_a_step(folder, rule: str) -> None:
+def test_the_choice_of_all_blocks_is_known_before_a_step(tmp_path, form: str, rule: str) -> None:
+    folder = saved(model_of(form=form), tmp_path)
     with load_model(folder, LoadSettings()) as served:
         give_slots(served, 4)
         served.model.set_inference_rule(rule)

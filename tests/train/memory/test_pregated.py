@@ -63,7 +63,7 @@ def test_loss_of_previous_token_is_kl_in_every_block() -> None:
     assert all(block.gate.weight.grad.any() for block in blocks)
 
 
-@pytest.mark.parametrize("pregated", [True, "previous_token"])
+@pytest.mark.parametrize("pregated", [True, "previous_token", "previous_token_and_embedding"])
 def test_fine_tune_of_another_model_begins_with_its_weights(
     tree, callback, tmp_path, pregated
 ) -> None:

@@ -31,7 +31,7 @@ def refuse_untested(config: Any, vllm_config: Any) -> None:
     if config.router_type != "linear":
         raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")
     if config.pregated:
-        before = "token" if config.pregated == "previous_token" else "block"
+        before = "block" if config.pregated is True else "token"
         raise ValueError(
             f"pregated={config.pregated}: the plugin's routers are given their own block's inputs "
             f"of the token that is routed, and this model's those of the {before} before; serve it "

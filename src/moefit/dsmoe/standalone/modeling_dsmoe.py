@@ -112,9 +112,15 @@ class DsMoeRMSNorm(nn.Module):
 class DsMoeRouter(nn.Module):
     """Scores of experts: a linear or two-layer router, or means of slices, in float32."""
 
-    def __init__(self, config, num_experts, slices=False):
+    def __init__(self, config, num_experts, slices=False, embedding=False):
         super().__init__()
         self.num_experts, self.slices, self.hidden = num_experts, slices, None
+        self.embedding_weight = None
+        if embedding:
+            wide = 8 * num_experts
+            self.embedding_up = nn.Parameter(torch.empty(wide, config.hidden_size))
+            self.embedding_bias = nn.Parameter(torch.empty(wide))
+            self.embedding_weight = nn.Parameter(torch.empty(num_experts, wide))
         if slices:
             return
         width = config.router_hidden_size
@@ -125,7 +131,13 @@ class DsMoeRouter(nn.Module):
     def forward(self, x_TD, shift=None):
         """Return the softmax over all experts [.., E]; `shift` changes its logits [B, T, E]."""
         logits_TE = self._logits(x_TD.float())
-        return (logits_TE if shift is None else shift(logits_TE)).softmax(-1)
+        if shift is not None:
+            logits_TE = shift(logits_TE)
+            if self.embedding_weight is not None:
+                up, bias = self.embedding_up.float(), self.embedding_bias.float()
+                hidden = F.gelu(F.linear(shift.embedding_BTD, up, bias))
+                logits_TE = logits_TE + F.linear(hidden, self.embedding_weight.float())
+        return logits_TE.softmax(-1)
 
     def _logits(self, x_TD):
         if self.slices:
@@ -148,11 +160,12 @@ class RouterLogits(DynamicLayer):
 class PreviousToken:
     """Routes a token by the logits of the one before (`pregated: previous_token`).
 
-    The first token of a text, with position 0 or after padding, is routed by its own.
+    The first token of a text, with position 0 or after padding, is routed by its own. With
+    `previous_token_and_embedding` routers add what they make of the token's normed embedding.
     """
 
-    def __init__(self, cache, position_ids, attention_mask, blocks):
-        self.cache, self.blocks = cache, blocks
+    def __init__(self, cache, position_ids, attention_mask, embedding_BTD, blocks):
+        self.cache, self.blocks, self.embedding_BTD = cache, blocks, embedding_BTD
         follows_BT, past = position_ids > 0, 0
         if attention_mask is not None and attention_mask.ndim == 2:
             before_BN = F.pad(attention_mask, (1, 0))[:, :-1].bool()
@@ -177,18 +190,30 @@ class PreviousToken:
         return past
 
     def of_block(self, block):
-        """Return the change of the logits [B, T, E] of a block's router."""
+        """Return the change of the logits of a block's router."""
+        return Shift(self, block)
 
-        def shift(own_BTE):
-            all_BNE, new = own_BTE, own_BTE.shape[1]
-            if self.cache is not None:
-                all_BNE = self.cache.layers[self.blocks + block].append(own_BTE)
-            past = all_BNE.shape[1] - new
-            before_BTE = all_BNE[:, past - 1 : -1] if past else own_BTE.roll(1, dims=1)
-            follows_BT1 = self.follows_BT[..., None].to(own_BTE.device)
-            return torch.where(follows_BT1, before_BTE, own_BTE)
+    def shifted(self, block, own_BTE):
+        """Keep a block's logits of new tokens; return those of the tokens before."""
+        all_BNE, new = own_BTE, own_BTE.shape[1]
+        if self.cache is not None:
+            all_BNE = self.cache.layers[self.blocks + block].append(own_BTE)
+        past = all_BNE.shape[1] - new
+        before_BTE = all_BNE[:, past - 1 : -1] if past else own_BTE.roll(1, dims=1)
+        follows_BT1 = self.follows_BT[..., None].to(own_BTE.device)
+        return torch.where(follows_BT1, before_BTE, own_BTE)
 
-        return shift
+
+class Shift:
+    """From a router's own logits [B, T, E] to those of the tokens before."""
+
+    def __init__(self, previous, block):
+        self.previous, self.block = previous, block
+        self.embedding_BTD = previous.embedding_BTD
+
+    def __call__(self, own_BTE):
+        """Return the logits of the token before each."""
+        return self.previous.shifted(self.block, own_BTE)
 
 
 class DsMoeAttention(nn.Module):
@@ -269,9 +294,9 @@ class DsMoeBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         slices = config.router_type == "grap"
-        self.gate = (
-            DsMoeRouter(config, config.num_experts, slices) if config.num_experts > 1 else None
-        )
+        embedding = config.pregated == "previous_token_and_embedding"
+        several, experts = config.num_experts > 1, config.num_experts
+        self.gate = DsMoeRouter(config, experts, slices, embedding) if several else None
         self.scale = config.routed_scaling_factor
         self.experts = DsMoeExperts(config)
 
@@ -346,8 +371,15 @@ class DsMoeModel(DsMoePreTrainedModel):
         positions = self.rotary_emb(x_BTD, position_ids)
         rule = Rule(self.config.inference_rule)
         pregated, gate_BTD, previous = self.config.pregated, None, None
-        if pregated == "previous_token":
-            previous = PreviousToken(cache, position_ids, attention_mask, len(self.layers))
+        if isinstance(pregated, str):
+            width, eps = x_BTD.shape[-1:], self.config.rms_norm_eps
+            previous = PreviousToken(
+                cache,
+                position_ids,
+                attention_mask,
+                F.rms_norm(x_BTD.float(), width, eps=eps),
+                len(self.layers),
+            )
         for index, layer in enumerate(self.layers):
             shift = None if previous is None else previous.of_block(index)
             x_BTD, h_BTD = layer(x_BTD, gate_BTD, shift, rule, real_T, positions, mask, cache)

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from moefit.cache_argument import forward_with_cache, given_cache, with_cache
-from moefit.dsmoe.config import PREVIOUS_TOKEN
+from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.previous_token import RouterLogits
 from moefit.errors import ConfigError, UnsupportedModelError, in_brief
 from moefit.quant.kv_int8 import Int8Rows, part_of, write_rows
@@ -365,7 +365,7 @@ def int8_obstacle(config: Any) -> str | None:
         return "it has an encoder, whose output is cached too"
     if getattr(text, "kv_lora_rank", None):
         return "it caches latent vectors that it expands (multi-head latent attention)"
-    if getattr(config, "pregated", False) == PREVIOUS_TOKEN:
+    if isinstance(config, DsMoeConfig) and config.by_token_before:
         return "it caches router logits, and rounded ones would choose other experts"
     return None
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moefit.dsmoe.config import PREVIOUS_TOKEN
 from moefit.errors import CheckpointError
 from moefit.moe.routing import Routing
 from moefit.serve.cache.swaps import SharedState
@@ -348,7 +347,7 @@ def _read_early(
     """Let a pre-gated model read its experts early, whatever the setting: nothing is guessed."""
     if settings.precision == AUTO_PRECISION:
         return Prefetching(setting=PREGATED, obstacle=FORMATS_DEPEND)
-    if model.config.pregated == PREVIOUS_TOKEN:
+    if model.config.by_token_before:
         steps = StepReader(model, list(blocks.values()), shared)
         shared.watcher = steps
         return Prefetching(setting=PREGATED, predictor=steps.choices, prefetcher=steps, obstacle="")

@@ -1,7 +1,8 @@
 """Read the experts of all blocks before a step begins, in exact mode.
 
 Models with `pregated: previous_token` route a token by the router logits of the token before, which
-lie in the KV cache. So before a step of one token per sequence the choice of every block is known.
+lie in the KV cache; with `previous_token_and_embedding` what routers make of the token's embedding
+is added to them. So before a step of one token per sequence the choice of every block is known.
 Nothing is guessed: all experts that blocks lack are requested at once, in the order of the blocks,
 as far as there are slots, and read while the blocks before are computed. Outputs do not depend on
 it.
@@ -20,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moefit.cache_argument import given_cache
-from moefit.dsmoe.previous_token import logits_of_last
+from moefit.dsmoe.block import DsMoeRouter
+from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING
+from moefit.dsmoe.previous_token import logits_of_last, normed_embedding
 from moefit.moe.routing import Routing, Rule
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.layer.moe_layer import VirtualExperts
@@ -40,12 +43,20 @@ class KnownChoices:
     def __init__(self, model: PreTrainedModel, blocks: int):
         self._model, self._blocks = model, blocks
         self._cache: weakref.ref[Any] | None = None
+        self._sees_embedding = model.config.pregated == PREVIOUS_AND_EMBEDDING
+        self._embedding_BD: Tensor | None = None
 
     def begin(self, named: dict[str, Any]) -> None:
         """Take the arguments of the forward pass that begins."""
         ids_BT, cache = named.get("input_ids"), given_cache(named)
         few = isinstance(ids_BT, Tensor) and ids_BT.shape[1] == 1
         self._cache = weakref.ref(cache) if few and cache is not None else None
+        self._embedding_BD = None
+        if self._sees_embedding and self._cache is not None:
+            assert isinstance(ids_BT, Tensor)
+            with torch.inference_mode():
+                x_BD = self._model.get_input_embeddings()(ids_BT[:, 0])
+                self._embedding_BD = normed_embedding(x_BD, self._model.config.rms_norm_eps)
 
     def logits(self, block: int) -> Tensor | None:
         """Return the logits [B, E] by which a block that is not computed yet will route.
@@ -53,7 +64,14 @@ class KnownChoices:
         None unless the step has one token per sequence, each with one before it.
         """
         cache = None if self._cache is None else self._cache()
-        return None if cache is None else logits_of_last(cache, block, self._blocks)
+        if cache is None:
+            return None
+        logits_BE = logits_of_last(cache, block, self._blocks)
+        if logits_BE is None or not self._sees_embedding:
+            return logits_BE
+        router = self._model.get_submodule(f"model.layers.{block}.mlp.gate")
+        assert isinstance(router, DsMoeRouter) and self._embedding_BD is not None
+        return logits_BE + router.logits_of_embedding(self._embedding_BD)
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor | None:
         """Return the scores of a later block's experts [T, E]; see `Predictor`."""

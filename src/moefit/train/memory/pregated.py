@@ -59,7 +59,8 @@ class GateTeacher:
         if not getattr(model.config, "pregated", False):
             raise ConfigError(
                 f"{given} has no effect, because only pre-gated routers differ from those that "
-                "they begin with; leave it out, or give model.pregated=true or previous_token"
+                "they begin with; leave it out, or give model.pregated=true or "
+                "previous_token_and_embedding"
             )
         if config.start_from is None:
             raise ConfigError(
