@@ -120,7 +120,8 @@ def main() -> None:
             "equal further tokens. Balance loss off in pre-gated runs."
         )
         results = {"losses": losses, "perplexity_change": changes}
-        print(record.write("pregated", results, notes=notes))
+        suffix = "-".join(given.runs or ())
+        print(record.write("pregated", results, notes=notes, suffix=suffix))
 
 
 if __name__ == "__main__":
