@@ -10,6 +10,7 @@ from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError
 from moefit.train.config import make_config
 from moefit.train.loop import train
+from moefit.train.memory.early_routers import fit_routers
 from moefit.train.memory.pregated import GateTeacher
 from moefit.train.model import build_model
 from moefit.train.run_folder import read_log
@@ -61,6 +62,21 @@ def test_loss_of_previous_token_is_kl_in_every_block() -> None:
     torch.testing.assert_close(loss, 0.5 * expected)
     loss.backward()
     assert all(block.gate.weight.grad.any() for block in blocks)
+
+
+def test_routers_are_fitted_to_the_old_choice() -> None:
+    """And nothing else changes."""
+    found = []
+    for count in (1, 12):
+        model = tiny_model(pregated="previous_token_and_embedding", training_rule="top_k:2").train()
+        before = {name: one.clone() for name, one in model.state_dict().items()}
+        batches = (tokens(4, 17, seed=number) for number in range(count))
+        found.append(fit_routers(model, batches, count, document_end=None))
+        changed = {n for n, one in model.state_dict().items() if not torch.equal(one, before[n])}
+        assert changed == {name for name in before if ".mlp.gate." in name}
+        assert model.training and model.config.pregated == "previous_token_and_embedding"
+        assert all(one.grad is None for one in model.parameters())
+    assert found[1] < 0.8 * found[0]
 
 
 @pytest.mark.parametrize("pregated", [True, "previous_token", "previous_token_and_embedding"])

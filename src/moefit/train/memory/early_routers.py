@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moefit.checkpoint.config import read_config
-from moefit.dsmoe.block import DsMoeBlock, DsMoeRouter
+from moefit.dsmoe.block import DsMoeBlock
 from moefit.dsmoe.config import PREVIOUS_AND_EMBEDDING
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.previous_token import PreviousToken, normed_embedding
@@ -53,7 +53,9 @@ def fit_early_routers(
         return None
     assert isinstance(model, DsMoeForCausalLM)
     batches = training_batches(config, data)
-    document_end = data.tokenizer.eos_token_id if config.data.document_mask else None
+    end = data.tokenizer.eos_token_id
+    assert isinstance(end, int)
+    document_end = end if config.data.document_mask else None
     ids = (batches.batch(number) for number in range(BATCHES))
     kl = fit_routers(model, ids, BATCHES, document_end)
     return f"fitted routers to those of start_from: KL {kl:.3f} nats per layer"
@@ -74,10 +76,12 @@ def fit_routers(
         The mean KL(old || new) per block over the last batch, in nats.
     """
     blocks = [one for one in model.modules() if isinstance(one, DsMoeBlock)]
-    fitted = nn.ModuleList(copy.deepcopy(block.gate) for block in blocks)
-    for router in fitted:
-        assert isinstance(router, DsMoeRouter)
+    fitted = nn.ModuleList()
+    for block in blocks:
+        assert block.gate is not None
+        router = copy.deepcopy(block.gate)
         nn.init.zeros_(router.weight)  # as fitted to a token's own state it says nothing here
+        fitted.append(router)
     rate = _RATE * model.config.hidden_size**-0.5
     optimizer = torch.optim.Adam(fitted.parameters(), lr=rate)
     steps = count * _REPEATS
