@@ -6,7 +6,10 @@ same tokens over an open link, machine 0 on Python code and machine 1 on prose. 
 are timed at each rate, models in turn, with a learning rate of 0 so that routing no longer changes.
 
     python benchmarks/locmoe.py [--steps 80] [--rates 400,250,150] [--repeats 5]
-        [--routers "top 4;top 4 hierarchical"] [--save]
+        [--routers "top 4;top 4 hierarchical"] [--models FOLDER] [--save]
+
+With `--models` trained models are kept, so that a first run with `--repeats 0` trains and a second
+one times, on a machine that is quiet for as long as that takes.
 
 Baselines: switch with the balance loss; hash; loss-free bias; node-limited routing and hierarchical
 all-to-all, of 4 experts a token, because of one they change nothing; a bias towards the own
@@ -23,7 +26,6 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moefit.train.balancing import BalancingBias
 from moefit.train.config import TrainConfig, make_config
 from moefit.train.data.batches import Batches, BatchesByMachine
 from moefit.train.model import build_model, loss_weights
@@ -52,14 +55,14 @@ from moefit.train.step import HeldOutEvaluator, Stepper, make_losses
 WIDTH, LAYERS, EXPERTS, BATCH, LENGTH = 128, 3, 16, 16, 192
 ROUTERS: dict[str, dict[str, Any]] = {
     "switch": {},
-    "hash": {"hash": True},
-    "GrAP": {"grap": True},
-    "GrAP + loss": {"grap": True, "mu": 1.0},
+    "hash": {"kind": "hash"},
+    "GrAP": {"kind": "grap"},
+    "GrAP + loss": {"kind": "grap", "mu": 1.0},
     "switch + loss": {"mu": 1.0},
     "switch + 0.1 loss": {"mu": 0.1},
     "switch + loss, late": {"mu": 1.0, "ramp": (0.5, 0.75)},
     "switch + bias 1": {"bias": 1.0},
-    "loss-free bias": {"loss_free": True},
+    "loss-free bias": {"balancing_bias": 1e-3},
     "own machine only": {"limit": "own"},
     "top 4": {"k": 4},
     "top 4 hierarchical": {"k": 4, "way": "hierarchical"},
@@ -75,16 +78,18 @@ def settings(router: dict[str, Any], steps: int) -> TrainConfig:
     dense = router.get("dense", False)
     chosen = router.get("k", 1)
     rule = "dense" if dense else f"top_k:{chosen}"
+    kind, moved = router.get("kind", "linear"), router.get("balancing_bias", 0.0)
     return make_config(
         {
             "model": {
                 "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_experts": EXPERTS,
                 "intermediate_size": 512 // (EXPERTS if dense else chosen), "mlp_type": "gelu",
                 "num_attention_heads": 4, "training_rule": rule, "inference_rule": rule,
-                "router_type": "grap" if router.get("grap") else "linear",
+                "router_type": kind,
             },
             "loss": {
-                "load_balancing": 0.0 if dense or router.get("loss_free") else 0.01,
+                "load_balancing": 0.0 if dense or moved or kind == "hash" else 0.01,
+                "balancing_bias": moved,
                 "mlp_mi": 4e-4 if dense else 0.0,
                 "locality": router.get("mu", 0.0),
                 "locality_ramp": router.get("ramp", (0, 0)),
@@ -110,56 +115,6 @@ def texts() -> list[np.ndarray]:
     return [np.frombuffer(one[:3_000_000], np.uint8) for one in (code, prose)]
 
 
-class HashRouter:
-    """Gives each token id a fixed expert (Hash Layers, arXiv 2106.04426)."""
-
-    def __init__(self, model: Any):
-        self._ids: Tensor | None = None
-        model.register_forward_pre_hook(self._remember, with_kwargs=True)
-        for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(self._choose)
-
-    def _remember(self, model: Any, arguments: Any, named: dict[str, Any]) -> None:
-        self._ids = named["input_ids"].flatten()
-
-    def _choose(self, router: Any, inputs: Any, logits_TE: Tensor) -> Tensor:
-        assert self._ids is not None
-        expert_T = (self._ids * 2654435761 % 2**32 // 7) % EXPERTS
-        return 20 * torch.nn.functional.one_hot(expert_T, EXPERTS).to(logits_TE) + 0 * logits_TE
-
-
-class LossFreeBias:
-    """Moves a bias of each expert, for the choice alone, towards even loads (arXiv 2408.15664)."""
-
-    RATE = 1e-3
-
-    def __init__(self, model: Any, chosen: int):
-        self._chosen = chosen
-        self._bias_LE = torch.zeros(LAYERS, EXPERTS)
-        self._load_LE = torch.zeros(LAYERS, EXPERTS)
-        self._scores: dict[int, Tensor] = {}
-        for number, layer in enumerate(model.model.layers):
-            layer.mlp.gate.register_forward_hook(partial(self._remember, number))
-            layer.mlp.experts.register_forward_pre_hook(partial(self._choose, number))
-
-    def _remember(self, layer: int, router: Any, inputs: Any, logits_TE: Tensor) -> None:
-        self._scores[layer] = logits_TE.softmax(-1)
-
-    def _choose(self, layer: int, experts: Any, given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TE = self._scores.pop(layer)
-        ids_TK = (scores_TE.detach() + self._bias_LE[layer]).topk(self._chosen).indices
-        if experts.training:
-            self._load_LE[layer] += torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
-        return given[0], ids_TK, scores_TE.gather(1, ids_TK)
-
-    def update(self, processes: Processes) -> None:
-        """Move the biases by the loads of all processes since the last update."""
-        load_LE = torch.tensor(processes.sums(self._load_LE.flatten().tolist()))
-        load_LE = load_LE.view(LAYERS, EXPERTS)
-        self._bias_LE += self.RATE * (load_LE.mean(1, keepdim=True) - load_LE).sign()
-        self._load_LE.zero_()
-
-
 @dataclass
 class Contestant:
     """One router's model, spread over the processes."""
@@ -169,16 +124,13 @@ class Contestant:
     parallel: Parallelism
     nodes: NodeLocality | None
     stepper: Stepper
-    bias: LossFreeBias | None
+    balancing: BalancingBias | None
 
     @classmethod
     def of(cls, router: dict[str, Any], steps: int, processes: Processes) -> "Contestant":
         config, cpu = settings(router, steps), torch.device("cpu")
         model = build_model(config, vocab_size=256, eos_token_id=0).train()
         parallel = parallelism(config, processes, cpu)
-        if router.get("hash"):
-            HashRouter(model)
-        bias = LossFreeBias(model, router.get("k", 1)) if router.get("loss_free") else None
         parallel.wrap(model)
         nodes = NodeLocality.of(config, model, parallel)
         losses = make_losses(
@@ -189,7 +141,8 @@ class Contestant:
             model=model, optimizer=optimizer, losses=losses, device=cpu, bf16=False,
             clip=config.optimizer.clip, parallel=parallel,
         )  # fmt: skip
-        return cls(config, model, parallel, nodes, stepper, bias)
+        balancing = BalancingBias.of(config, model)
+        return cls(config, model, parallel, nodes, stepper, balancing)
 
     def step(self, ids: Tensor, step: int, rate: float) -> None:
         if self.nodes is not None:
@@ -197,8 +150,8 @@ class Contestant:
             self.nodes.weight.fill_(self.config.loss.locality * ramp)
         set_learning_rate(self.stepper.optimizer, rate)
         self.stepper.step([ids], 1)
-        if self.bias is not None and rate:
-            self.bias.update(self.parallel.processes)
+        if self.balancing is not None and rate:
+            self.balancing.update(self.parallel.processes)
 
 
 def transmitted(interface: str) -> int:
@@ -207,7 +160,30 @@ def transmitted(interface: str) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def work(folder: Path, steps: int, rates: list[str], repeats: int, routers: list[str]) -> None:
+def trained(
+    one: Contestant, steps: int, batches: BatchesByMachine, held_out: list[np.ndarray], kept: Path
+) -> dict[str, Any]:
+    """Train a model, or load what an earlier run has kept; return its losses."""
+    parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in one.model.parameters()]
+    parts += one.model.buffers()
+    if kept.is_file():
+        found = torch.load(kept)
+        if found["steps"] != steps:
+            raise SystemExit(f"{kept} was trained for {found['steps']} steps, not {steps}")
+        for part, stored in zip(parts, found.pop("parts"), strict=True):
+            part.copy_(stored)
+        return found
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        rate = learning_rate(step - 1, steps, one.config.optimizer)
+        one.step(batches.batch(step), step, rate)
+    losses = [held_out_loss(one, text) for text in held_out]
+    found = {"held_out": losses, "training_seconds": time.perf_counter() - began, "steps": steps}
+    torch.save({**found, "parts": parts}, kept)
+    return found
+
+
+def work(folder: Path, models: Path, options: argparse.Namespace, routers: list[str]) -> None:
     """Train and time all routers, as one of the processes."""
     torch.set_num_threads(1)
     with joined_processes(timeout=300) as processes:
@@ -221,19 +197,15 @@ def work(folder: Path, steps: int, rates: list[str], repeats: int, routers: list
         found: dict[str, Any] = {}
         contestants = {}
         for name in routers:
-            router = ROUTERS[name]
-            one = contestants[name] = Contestant.of(router, steps, processes)
-            began = time.perf_counter()
-            for step in range(1, steps + 1):
-                rate = learning_rate(step - 1, steps, one.config.optimizer)
-                one.step(batches.batch(step), step, rate)
-            losses = [held_out_loss(one, text) for text in held_out]
-            found[name] = {"held_out": losses, "training_seconds": time.perf_counter() - began}
+            one = contestants[name] = Contestant.of(ROUTERS[name], options.steps, processes)
+            kept = models / f"{name.replace(' ', '-')}-{processes.rank}.pt"
+            found[name] = trained(one, options.steps, batches, held_out, kept)
             if processes.is_main:
                 print(name, found[name], flush=True)
         if processes.is_main:
             print("timing", flush=True)
-        timed = time_steps(folder, contestants, batches, rates, repeats, processes)
+        rates = options.rates.split(",") if options.repeats else []
+        timed = time_steps(folder, contestants, batches, rates, options.repeats, processes)
         found = {name: {**one, "rates": timed[name]} for name, one in found.items()}
         if processes.is_main:
             (folder / "results.json").write_text(json.dumps(found))
@@ -290,18 +262,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rates", default="400,250,150", help="Mbit/s")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0 trains only")
+    parser.add_argument("--models", type=Path, help="folder in which trained models are kept")
     parser.add_argument("--routers", default=";".join(ROUTERS), help="names, with ; between")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    rates = arguments.rates.split(",")
     routers = list(dict.fromkeys([BASE, *arguments.routers.split(";")]))
     if unknown := [name for name in routers if name not in ROUTERS]:
         parser.error(f"--routers {unknown[0]!r} is none of {'; '.join(ROUTERS)}")
     if arguments.worker:
-        work(arguments.worker, arguments.steps, rates, arguments.repeats, routers)
+        work(arguments.worker, arguments.models or arguments.worker, arguments, routers)
         return
+    if arguments.models:
+        arguments.models.mkdir(parents=True, exist_ok=True)
     found = drive(sys.argv[1:])
     rows = summary(found)
     show(rows)

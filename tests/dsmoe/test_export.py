@@ -222,6 +222,7 @@ def test_all_incompatibilities_are_named(tmp_path: Path) -> None:
         {"num_experts": 1, "inference_rule": "dense"},
         {"inference_rule": "threshold_top_k:1"},
         {"pregated": "previous_token"},
+        {"score_correction_bias": True, "training_rule": "top_k:2"},
     ],
 )
 def test_single_incompatibility_raises(changes: dict) -> None:

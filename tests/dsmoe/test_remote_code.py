@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import tiny_model, tokens
+from tiny_models import set_biases, tiny_model, tokens
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moefit.dsmoe.model import register
@@ -24,6 +24,12 @@ MODELS = {
     "scaled": {"routed_scaling_factor": 3.0, "inference_rule": "top_k:3:renormalize"},
     "batched": {**MOA, "inference_rule": "threshold_top_k:0.8"},
     "grap": {"router_type": "grap", "num_experts": 4, "inference_rule": "top_k:1"},
+    "hash": {"router_type": "hash", "inference_rule": "top_k:1", "training_rule": "top_k:1"},
+    "biased": {
+        "score_correction_bias": True,
+        "training_rule": "top_k:2",
+        "inference_rule": "top_k:2",
+    },
     "pregated": {"pregated": True, "num_hidden_layers": 3, "inference_rule": "top_k:2"},
     "previous": {**MOA, "pregated": "previous_token", "inference_rule": "top_k:2"},
     "embedding": {**MOA, "pregated": "previous_token_and_embedding", "inference_rule": "top_k:2"},
@@ -55,6 +61,7 @@ def test_a_process_without_moefit_generates_the_same_tokens(tmp_path):
     expected = {}
     for name, changes in MODELS.items():
         model = tiny_model(**changes)
+        set_biases(model)
         folder = str(export_standalone(model, tmp_path / name))
         made = model.generate(
             ids_BT, attention_mask=mask_BT, max_new_tokens=10, do_sample=False, pad_token_id=0

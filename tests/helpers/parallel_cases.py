@@ -16,6 +16,7 @@ import torch
 
 from moefit.errors import ConfigError, ElsewhereError, MoefitError
 from moefit.train import loop, trainer
+from moefit.train.balancing import BalancingBias
 from moefit.train.config import make_config
 from moefit.train.display import NoDisplay
 from moefit.train.loop import train
@@ -53,6 +54,14 @@ MODELS = {
         {"architecture": "olmoe", **SHAPE, "num_experts_per_tok": 2},
         {"load_balancing": 0.01, "mlp_mi": 0.05},
     ),
+    "hash": (
+        {**SHAPE, "router_type": "hash", "training_rule": "top_k:1", "inference_rule": "top_k:1"},
+        {},
+    ),
+    "biased": (
+        {**SHAPE, "training_rule": "top_k:2", "inference_rule": "top_k:2"},
+        {"balancing_bias": 0.1},
+    ),
 }
 OPTIMIZERS = {"olmoe": {"name": "muon"}}
 
@@ -69,13 +78,14 @@ def steps(
     parallel_settings: dict,
     *,
     compile: bool = False,
+    count: int | None = None,
 ):
     """Return losses and gradient norms of steps of 2 micro-batches each, the weights, and dtypes.
 
     Dtypes are those of routers' logits, and of the weights that this process updates.
     """
     model, loss = MODELS[name]
-    count = 5 if name == "dsmoe" else 3
+    count = count or (5 if name == "dsmoe" else 3)
     config = make_config(
         {
             "model": model, "loss": loss, "batch_size": 4, "seq_len": 16, "accumulation": 2,
@@ -92,6 +102,7 @@ def steps(
     cpu = torch.device("cpu")
     parallel = parallelism(config, processes, cpu)
     parallel.wrap(made)
+    balancing = BalancingBias.of(config, made)
     losses = make_losses(made, loss_weights(config, made), compile=compile, total=parallel.total)
     stepper = Stepper(
         model=made, optimizer=make_optimizer(made, config.optimizer), losses=losses, device=cpu,
@@ -102,8 +113,11 @@ def steps(
     for _ in range(count):
         batches = [torch.randint(0, 64, (4, 17), generator=chance) for _ in range(2)]
         result = stepper.step(batches, 2)
+        if balancing is not None:
+            balancing.update(processes)
         rows.append((result.lm_loss, result.router_loss, result.gradient_norm))
     whole = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in made.parameters()]
+    whole += balancing.biases if balancing is not None else ()
     logits = (*result.mlp_logits, *result.attention_logits)
     dtypes = [sorted({str(one.dtype) for one in some}) for some in (logits, made.parameters())]
     return rows, whole, dtypes
@@ -129,11 +143,11 @@ def mixed(processes: Processes) -> dict[str, list]:
     return found
 
 
-def compiled(processes: Processes) -> list:
-    """Return numbers of mixed precision: compiled, and not; and dtypes of both."""
+def compiled(processes: Processes, settings: dict) -> list:
+    """Return numbers of a sparse model: compiled, and not; and dtypes of both."""
     found = []
     for compile in (True, False):
-        numbers, _, dtypes = steps("sparse", processes, torch.float32, MIXED, compile=compile)
+        numbers, _, dtypes = steps("sparse", processes, torch.float32, settings, compile=compile)
         found += [numbers, dtypes]
     return found
 
@@ -146,15 +160,16 @@ def equality(processes: Processes, names: list[str], settings: dict) -> dict[str
     """
     found = {}
     for name in names:
-        numbers, weights, _ = steps(name, processes, torch.float64, settings)
         both = name == "dsmoe" or processes.size > 2
+        count = 5 if both else 3
+        numbers, weights, _ = steps(name, processes, torch.float64, settings, count=count)
         if both:
-            numbers += steps(name, processes, torch.float32, settings)[0]
+            numbers += steps(name, processes, torch.float32, settings, count=count)[0]
         if not processes.is_main:
             continue
-        expected, wanted, _ = steps(name, OneProcess(), torch.float64, settings)
+        expected, wanted, _ = steps(name, OneProcess(), torch.float64, settings, count=count)
         if both:
-            expected += steps(name, OneProcess(), torch.float32, settings)[0]
+            expected += steps(name, OneProcess(), torch.float32, settings, count=count)[0]
         found[name] = [
             float((torch.tensor(numbers) - torch.tensor(expected)).abs().max()),
             max(float((a - b).abs().max()) for a, b in zip(weights, wanted, strict=True)),
@@ -419,11 +434,13 @@ def main() -> None:
         actions: dict[str, Callable[[str], object]] = {
             "equality": lambda copies: equality(
                 processes,
-                [name for name in MODELS if name != "lopsided"],
+                [name for name in MODELS if name not in ("lopsided", "hash", "biased")],
                 {"replicate": int(copies or 1)},
             ),
             "tensor": lambda names: equality(processes, names.split(","), TENSOR),
-            "spread": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], SPREAD),
+            "spread": lambda names: equality(
+                processes, ["sparse", "olmoe", "lopsided", *filter(None, names.split(","))], SPREAD
+            ),
             "long_way": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], LONG_WAY),
             "ways": lambda precision: ways(processes, precision),
             "limits": lambda _: limits(processes),
@@ -433,7 +450,9 @@ def main() -> None:
             "run": lambda detail: run(tree, processes, detail),
             "weighted_run": lambda detail: run(weighted(tree), processes, detail),
             "mixed": lambda _: mixed(processes),
-            "compiled": lambda _: compiled(processes),
+            "compiled": lambda way: compiled(
+                processes, {"": MIXED, "flat": SPREAD, "hierarchical": LONG_WAY}[way]
+            ),
             "mixed_run": lambda detail: run(mixed_run(tree), processes, detail),
             "muon_run": lambda detail: run(muon(tree), processes, detail),
             "tensor_run": lambda detail: run({**tree, "parallel": TENSOR}, processes, detail),

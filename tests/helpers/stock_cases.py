@@ -1,6 +1,7 @@
 """What the tests of transformers' expert parallelism do in each of several processes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def limited(processes: Processes) -> list[float]:
 def refusals(processes: Processes) -> list[str]:
     """Return what is said about settings that do not work."""
     said = []
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + processes.rank)  # machines that are not alike
     for more, settings in (
+        ({}, {"fsdp_size": processes.size, "ep_size": processes.size}),
         ({}, {"tp_size": processes.size, "ep_size": processes.size}),
         ({"capacity_factor": 0.0}, {}),
     ):
@@ -105,6 +108,7 @@ def refusals(processes: Processes) -> list[str]:
             spread(built("olmoe"), ep_implementation="moefit_flat", **settings)
         except ConfigError as error:
             said.append(str(error))
+    assert all(one == said for one in processes.every(said)), "all refuse, and alike"
     return said
 
 

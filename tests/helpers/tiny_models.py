@@ -39,6 +39,14 @@ def tiny_model(*, seed: int = 0, **changes) -> DsMoeForCausalLM:
     return DsMoeForCausalLM(tiny_config(**changes)).eval()
 
 
+def set_biases(model: DsMoeForCausalLM) -> None:
+    """Give routers biases, if they have some, that change what they choose."""
+    generator = torch.Generator().manual_seed(3)
+    for name, bias_E in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias_E.copy_(torch.rand(bias_E.shape, generator=generator) * 0.5)
+
+
 def tokens(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(
         3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed)

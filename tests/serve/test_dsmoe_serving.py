@@ -16,7 +16,7 @@ from serving import (
     saved,
     serving,
 )
-from tiny_models import tiny_config, tiny_model, tokens
+from tiny_models import set_biases, tiny_config, tiny_model, tokens
 
 import moefit
 from moefit.dsmoe.model import DsMoeForCausalLM
@@ -71,12 +71,20 @@ def test_one_slot_per_block_equals_model(rule, folder, inputs):
         {"mlp_type": "gelu", "inference_rule": "threshold:0.9"},
         {"tie_word_embeddings": True, "qk_norm": True},
         {"num_experts": 1},
+        {"router_type": "hash", "training_rule": "top_k:1", "inference_rule": "top_k:1"},
+        {
+            "score_correction_bias": True,
+            "training_rule": "top_k:2",
+            "inference_rule": "top_k:2:renormalize",
+        },
     ],
 )
 def test_every_kind_of_model(changes, tmp_path, inputs):
     model = tiny_model(**changes)
+    set_biases(model)
     with serving(saved(model, tmp_path)) as served:
         assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
+        assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-5
 
 
 def test_bfloat16(tmp_path, inputs):

@@ -89,6 +89,14 @@ def test_gpus_of_the_plugin_divide_the_model(
         ({"inference_rule": "threshold:0.5"}, ""),
         ({"inference_rule": "threshold_top_k:0.5"}, "inference_rule=threshold_top_k:0.5"),
         ({"router_type": "grap"}, "router_type=grap"),
+        (
+            {
+                "score_correction_bias": True,
+                "training_rule": "top_k:2",
+                "inference_rule": "top_k:2",
+            },
+            "score_correction_bias=true, routers",
+        ),
         ({"pregated": True}, "pregated=true, routers that are given the inputs of the block"),
         ({"pregated": "previous_token"}, "pregated=previous_token, routers"),
     ],

@@ -37,7 +37,13 @@ def test_several_devices_are_refused_by_name(changed):
 
 
 @pytest.mark.parametrize(
-    "model", [{"pregated": True}, {"pregated": "previous_token"}, {"router_type": "grap"}]
+    "model",
+    [
+        {"pregated": True},
+        {"pregated": "previous_token"},
+        {"router_type": "grap"},
+        {"score_correction_bias": True},
+    ],
 )
 def test_other_routers_are_refused_by_name(model):
     """The plugin would compute these models with the wrong experts."""

@@ -47,10 +47,23 @@ class DsMoeRouter(nn.Module):
         embedding: Whether it also sees the embedding of the token, in passes with a shift: through
             two layers, since what token is there decides by which experts, and a linear map of the
             embedding does not tell tokens apart well enough.
+        biased: Whether it has a bias that is added to scores for the choice alone.
     """
 
-    def __init__(self, config: DsMoeConfig, num_experts: int, *, embedding: bool = False):
+    e_score_correction_bias: Tensor | None
+    load_E: Tensor | None
+    """Choices of each expert in training, since whoever moves the bias has set it to 0."""
+
+    def __init__(
+        self,
+        config: DsMoeConfig,
+        num_experts: int,
+        *,
+        embedding: bool = False,
+        biased: bool = False,
+    ):
         super().__init__()
+        self._add_bias(num_experts, biased=biased)
         hidden = config.router_hidden_size
         width = config.hidden_size if hidden is None else hidden
         self.hidden = None if hidden is None else nn.Linear(config.hidden_size, hidden)
@@ -61,6 +74,19 @@ class DsMoeRouter(nn.Module):
             self.embedding_up = nn.Parameter(torch.empty(wide, config.hidden_size))
             self.embedding_bias = nn.Parameter(torch.empty(wide))
             self.embedding_weight = nn.Parameter(torch.empty(num_experts, wide))
+
+    def _add_bias(self, num_experts: int, *, biased: bool) -> None:
+        names = {"e_score_correction_bias": True, "load_E": False}  # and whether it is saved
+        for name, saved in names.items():
+            zeros_E = torch.zeros(num_experts) if biased else None
+            self.register_buffer(name, zeros_E, persistent=saved)
+
+    def count(self, ids_TK: Tensor) -> None:
+        """Count the choices of a pass in training, if there is a bias; E is no expert."""
+        if self.training and self.load_E is not None:
+            ids_R = ids_TK.flatten()
+            ones_R = (ids_R < len(self.load_E)).to(self.load_E.dtype)
+            self.load_E.scatter_add_(0, ids_R.clamp_max(len(self.load_E) - 1), ones_R)
 
     def forward(self, x_TD: Tensor, *, shift: Shift | None = None) -> Tensor:
         """Return logits [.., E] for x [.., D].
@@ -108,6 +134,7 @@ class GrapRouter(DsMoeRouter):
 
     def __init__(self, config: DsMoeConfig):
         nn.Module.__init__(self)
+        self._add_bias(config.num_experts, biased=config.score_correction_bias)
         self.num_experts = config.num_experts
         self.embedding_weight = None
 
@@ -116,13 +143,33 @@ class GrapRouter(DsMoeRouter):
         return grouped_average_pooling(at_least_float32(x_TD), self.num_experts)
 
 
+class HashRouter(DsMoeRouter):
+    """A router without weights whose `shift` knows the token ids, which alone decide."""
+
+    def __init__(self, config: DsMoeConfig):
+        nn.Module.__init__(self)
+        self._add_bias(config.num_experts, biased=False)
+        self.num_experts = config.num_experts
+        self.embedding_weight = None
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return zeros [.., E]: of a hidden state it knows nothing."""
+        return x_TD.new_zeros((*x_TD.shape[:-1], self.num_experts), dtype=torch.float32)
+
+
 def _mlp_router(config: DsMoeConfig) -> DsMoeRouter | None:
     if config.num_experts == 1:
         return None
     if config.router_type == "grap":
         return GrapRouter(config)
-    embedding = config.pregated == PREVIOUS_AND_EMBEDDING
-    return DsMoeRouter(config, config.num_experts, embedding=embedding)
+    if config.router_type == "hash":
+        return HashRouter(config)
+    return DsMoeRouter(
+        config,
+        config.num_experts,
+        embedding=config.pregated == PREVIOUS_AND_EMBEDDING,
+        biased=config.score_correction_bias,
+    )
 
 
 WIDE_UP_TO = 256  # hidden units of one expert (benchmarks/training_cost.py)
@@ -235,13 +282,19 @@ class DsMoeBlock(nn.Module):
         elif allowed_BE is not None:
             allowed_TE = allowed_BE.repeat_interleave(x_BTD.shape[1], dim=0)
             logits_TE = self._logits(self.gate, x_BTD if gate_BTD is None else gate_BTD, shift)
-            routing = route_allowed(logits_TE, allowed_TE, rule, real_T)
+            bias_E = self.gate.e_score_correction_bias
+            routing = route_allowed(logits_TE, allowed_TE, rule, real_T, bias_E)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
+            self.gate.count(routing.ids_TK)
         else:
-            # A shape that depends on scores would break torch.compile's graph in training.
-            choose = masked_route if self.training and rule.kind == "threshold" else route
             logits_TE = self._logits(self.gate, x_BTD if gate_BTD is None else gate_BTD, shift)
-            routing = choose(logits_TE.softmax(-1), rule, real_T)
+            scores_TE = logits_TE.softmax(-1)
+            if self.training and rule.kind == "threshold":
+                # A shape that depends on scores would break torch.compile's graph in training.
+                routing = masked_route(scores_TE, rule, real_T)
+            else:
+                routing = route(scores_TE, rule, real_T, self.gate.e_score_correction_bias)
+                self.gate.count(routing.ids_TK)
             routing = Routing(routing.ids_TK, routing.weights_TK * self.scale)
         return self.experts(x_TD, routing.ids_TK, routing.weights_TK).view_as(x_BTD)
 

@@ -30,7 +30,13 @@ SIZES = (
     "max_position_embeddings",
     *NULLABLE,
 )
-FLAGS = ("qk_norm", "use_cache", "output_router_logits", "tie_word_embeddings")
+FLAGS = (
+    "qk_norm",
+    "score_correction_bias",
+    "use_cache",
+    "output_router_logits",
+    "tie_word_embeddings",
+)
 PREVIOUS_TOKEN = "previous_token"  # a value of `pregated`
 PREVIOUS_AND_EMBEDDING = "previous_token_and_embedding"  # another
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -58,8 +64,12 @@ class DsMoeConfig(PreTrainedConfig):
             are `num_attention_experts * num_key_value_heads`, N_att experts of N_head heads each.
         intermediate_size: Hidden width of one expert.
         mlp_type: `gelu` (two matrices, as in the paper) or `swiglu` (three).
-        router_type: Of MLP experts: `linear`, or `grap`, LocMoE's grouped average pooling, which
-            has no weights; `num_experts` then divides `hidden_size`.
+        router_type: Of MLP experts: `linear`; `grap`, LocMoE's grouped average pooling, which has
+            no weights, and `num_experts` then divides `hidden_size`; or `hash`, by which a token's
+            id alone decides its one expert (arXiv 2106.04426).
+        score_correction_bias: Whether the routers of MLP experts have a bias (DeepSeek-V3's name)
+            that is added to scores where the k best are chosen, and not to their weights. Training
+            moves it so that loads become even (arXiv 2408.15664).
         pregated: Whether experts are known early. True: the router of each block but the first is
             given the inputs of the block before (Pre-gated MoE, arXiv 2308.12066).
             `previous_token`: each token is routed by the router's logits for the token before, so
@@ -93,6 +103,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
+    score_correction_bias: bool = False
     pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
@@ -134,6 +145,7 @@ class DsMoeConfig(PreTrainedConfig):
         self._check_heads()
         for rule in (self.training_rule, self.inference_rule):
             Rule.parse(rule).check(self.num_experts)
+        self._check_choice()
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # transformers writes into it
         super().__post_init__(**kwargs)
@@ -205,8 +217,8 @@ class DsMoeConfig(PreTrainedConfig):
     def _check_router(self) -> None:
         self._check_pregated()
         _require(
-            self.router_type in ("linear", "grap"),
-            f"router_type={self.router_type!r} is unknown; use 'linear' or 'grap'",
+            self.router_type in ("linear", "grap", "hash"),
+            f"router_type={self.router_type!r} is unknown; use 'linear', 'grap' or 'hash'",
         )
         if self.router_type == "linear":
             return
@@ -218,15 +230,44 @@ class DsMoeConfig(PreTrainedConfig):
         )
         _require(
             self.num_experts > 1 and self.router_hidden_size is None,
-            f"router_type='grap' has no hidden layer and needs several experts, but "
+            f"router_type={self.router_type!r} has no hidden layer and needs several experts, but "
             f"num_experts={self.num_experts} and router_hidden_size={self.router_hidden_size}; "
             "give num_experts=2 or more and router_hidden_size=null, or router_type='linear'",
         )
+        if self.router_type == "hash":
+            _require(
+                not self.pregated,
+                f"router_type='hash' knows the experts of a token by its id, so pregated="
+                f"{self.pregated!r} has no effect; give pregated=false",
+            )
+            return
         nearest = nearest_multiple(self.hidden_size, self.num_experts)
         _require(
             self.hidden_size % self.num_experts == 0,
             f"router_type='grap' divides hidden_size={self.hidden_size} into num_experts="
             f"{self.num_experts} equal slices; the nearest that works is hidden_size={nearest}",
+        )
+
+    def _check_choice(self) -> None:
+        """Check rules where the router decides, or prefers, without regard to all scores."""
+        rules = {name: getattr(self, name) for name in ("training_rule", "inference_rule")}
+        for name, rule in rules.items():
+            parsed = Rule.parse(rule)
+            _require(
+                self.router_type != "hash" or parsed.k == 1,
+                f"router_type='hash' gives each token one expert, but {name}={rule!r}; give "
+                f"{name}='top_k:1', or router_type='linear'",
+            )
+            _require(
+                not self.score_correction_bias or parsed.kind in ("top_k", "threshold_top_k"),
+                f"score_correction_bias=True changes which experts are the best, but {name}="
+                f"{rule!r} does not choose the best; give {name}='top_k:K'",
+            )
+        _require(
+            not self.score_correction_bias or (self.num_experts > 1 and self.router_type != "hash"),
+            f"score_correction_bias=True needs routers that choose by scores, but num_experts="
+            f"{self.num_experts} and router_type={self.router_type!r}; give num_experts=2 or more "
+            "and router_type='linear' or 'grap', or score_correction_bias=false",
         )
 
     def _check_tokens(self) -> None:

@@ -97,6 +97,8 @@ def olmoe_incompatibilities(config: DsMoeConfig, experts_per_token: int) -> list
         f"router_type={config.router_type!r}, but its router is linear: 'linear'": (
             config.router_type != "linear"
         ),
+        f"score_correction_bias={config.score_correction_bias}, but its routers choose by scores "
+        "alone: false": config.score_correction_bias,
         f"pregated={config.pregated!r}, but its routers are given the inputs of the token that "
         "they route in their own block: false": bool(config.pregated),
         "qk_norm=False, but it always normalises queries and keys: True": not config.qk_norm,

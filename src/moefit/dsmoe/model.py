@@ -6,7 +6,7 @@ The `Rule` by which experts are chosen is read from the configuration in each fo
 Shapes: B sequences, T tokens, D model width, V vocabulary, L layers, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,13 @@ from moefit.dsmoe.block import (
     DsMoeGatedExperts,
     DsMoeRouter,
     GrapRouter,
+    HashRouter,
 )
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.losses import RouterLossWeights, language_model_loss, router_loss
 from moefit.dsmoe.previous_token import PreviousToken, Shift, normed_embedding
-from moefit.moe.routing import Rule
+from moefit.errors import ConfigError
+from moefit.moe.routing import Rule, hashed_logits
 
 
 class DsMoeRotaryEmbedding(OlmoeRotaryEmbedding):
@@ -90,6 +92,7 @@ class DsMoePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012 - of choices
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(DsMoeRouter, index=0, layer_name="mlp"),
         "attention_router_logits": OutputRecorder(DsMoeRouter, index=0, layer_name="self_attn"),
@@ -113,7 +116,11 @@ class DsMoePreTrainedModel(PreTrainedModel):
         if isinstance(module, DsMoeGatedExperts | DsMoeExperts):
             for weight in module.parameters():
                 init.normal_(weight, std=std)
-        elif isinstance(module, DsMoeRouter) and not isinstance(module, GrapRouter):
+        elif isinstance(module, DsMoeRouter):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
+            if isinstance(module, GrapRouter | HashRouter):
+                return
             init.normal_(module.weight, std=std)
             if module.embedding_weight is not None:
                 init.normal_(module.embedding_up, std=module.embedding_up.shape[1] ** -0.5)
@@ -167,7 +174,8 @@ class DsMoeModel(DsMoePreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds` are given.
-            ConfigError: The rule is unknown, or the KV cache lacks what `pregated` needs.
+            ConfigError: The rule is unknown, the KV cache lacks what `pregated` needs, or routers
+                that hash token ids are given none.
             UnsupportedModelError: The KV cache cannot hold what `pregated` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -193,6 +201,8 @@ class DsMoeModel(DsMoePreTrainedModel):
         }
         pregated = self.config.pregated
         previous = self._previous(cache, x_BTD, position_ids, attention_mask)
+        if self.config.router_type == "hash":
+            kwargs["shift"] = self._by_token(input_ids)
         if pregated is True:
             kwargs["gate_BTD"] = None  # the first router is given its own block's inputs
         for index, layer in enumerate(self.layers):
@@ -204,6 +214,16 @@ class DsMoeModel(DsMoePreTrainedModel):
                 x_BTD, kwargs["gate_BTD"] = x_BTD
         named: dict[str, Any] = {CACHE_NAME: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **named)
+
+    def _by_token(self, input_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return by which logits tokens of these ids are routed."""
+        if input_ids is None:
+            raise ConfigError(
+                "router_type='hash' chooses experts by token ids, but inputs_embeds were given; "
+                "give input_ids"
+            )
+        hashed_BTE = hashed_logits(input_ids, self.config.num_experts)
+        return lambda own_BTE: hashed_BTE.to(own_BTE.device)  # layers may be on several
 
     def _previous(
         self,

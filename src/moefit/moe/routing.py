@@ -11,6 +11,7 @@ from typing import Literal, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moefit.errors import ConfigError
 
@@ -103,19 +104,22 @@ def _unknown_rule(text: str) -> str:
     )
 
 
-def active_experts(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Tensor:
+def active_experts(
+    scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None, bias_E: Tensor | None = None
+) -> Tensor:
     """Return a boolean mask [T, E] of the experts that each token uses.
 
     Args:
         scores_TE: Router scores.
         rule: The inference rule.
         real_T: False for padding tokens, which `threshold_top_k` leaves out of its mean.
+        bias_E: Added to the scores for the choice of the k best.
     """
     if rule.kind == "dense":
         return torch.ones_like(scores_TE, dtype=torch.bool)
     if rule.kind == "threshold":
         return _above_threshold(scores_TE, rule)
-    ids_TK = _top_k(scores_TE, rule, real_T).ids_TK
+    ids_TK = _top_k(scores_TE, rule, real_T, bias_E).ids_TK
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-1, ids_TK, True)
 
 
@@ -126,10 +130,15 @@ def _above_threshold(scores_TE: Tensor, rule: Rule) -> Tensor:
     return mask_TE.scatter(-1, scores_TE.argmax(-1, keepdim=True), True)
 
 
-def _top_k(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> Routing:
+def _top_k(
+    scores_TE: Tensor, rule: Rule, real_T: Tensor | None, bias_E: Tensor | None = None
+) -> Routing:
     """Select k experts per token, with the rule's k or the mean number of `threshold`."""
     k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
     rule.check(scores_TE.shape[-1])
+    if bias_E is not None:
+        ids_TK = (scores_TE.detach() + bias_E.to(scores_TE.dtype)).topk(k, dim=-1).indices
+        return Routing(ids_TK, scores_TE.gather(-1, ids_TK))
     weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
     return Routing(ids_TK, weights_TK)
 
@@ -148,8 +157,17 @@ def masked_scores(scores_TE: Tensor, mask_TE: Tensor, *, renormalize: bool) -> T
     return active_TE / active_TE.sum(-1, keepdim=True) if renormalize else active_TE
 
 
-def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routing:
+def route(
+    scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None, bias_E: Tensor | None = None
+) -> Routing:
     """Select experts by `rule`.
+
+    Args:
+        scores_TE: Router scores.
+        rule: The rule.
+        real_T: As for `active_experts`.
+        bias_E: Added to the scores where k experts are chosen, and not to their weights; other
+            rules do not know it.
 
     Returns:
         Ids and weights [T, K], where K is the largest number of active experts of any token; tokens
@@ -162,7 +180,7 @@ def route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) -> Routin
     if rule.kind == "threshold":
         routing = _by_threshold(scores_TE, rule)
     else:
-        routing = _top_k(scores_TE, rule, real_T)
+        routing = _top_k(scores_TE, rule, real_T, bias_E)
     if not rule.renormalize:
         return routing
     weights_TK = routing.weights_TK
@@ -183,7 +201,11 @@ def masked_route(scores_TE: Tensor, rule: Rule, real_T: Tensor | None = None) ->
 
 
 def route_allowed(
-    logits_TE: Tensor, allowed_TE: Tensor, rule: Rule, real_T: Tensor | None = None
+    logits_TE: Tensor,
+    allowed_TE: Tensor,
+    rule: Rule,
+    real_T: Tensor | None = None,
+    bias_E: Tensor | None = None,
 ) -> Routing:
     """Select experts where each token may use only some, as serving does in virtual mode.
 
@@ -196,6 +218,7 @@ def route_allowed(
         allowed_TE: True for experts that the token may use, at least one per token.
         rule: The rule.
         real_T: As for `active_experts`.
+        bias_E: As for `route`.
 
     Returns:
         Ids and weights [T, K] with K of the rule `top_k`, else E. If fewer experts are allowed than
@@ -203,10 +226,14 @@ def route_allowed(
     """
     num_experts = logits_TE.shape[-1]
     scores_TE = logits_TE.softmax(-1)
-    own_TE = active_experts(scores_TE, rule, real_T)
+    own_TE = active_experts(scores_TE, rule, real_T, bias_E)
     allowed_scores_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf).softmax(-1)
     k = num_experts if rule.k is None else rule.k
     weights_TK, ids_TK = allowed_scores_TE.topk(k, dim=-1)
+    if bias_E is not None and rule.kind in ("top_k", "threshold_top_k"):
+        preference_TE = scores_TE.detach() + bias_E.to(scores_TE.dtype)
+        ids_TK = preference_TE.masked_fill(~allowed_TE, -torch.inf).topk(k, dim=-1).indices
+        weights_TK = allowed_scores_TE.gather(-1, ids_TK)
     rank_K = torch.arange(k, device=ids_TK.device)
     chosen_TK = (rank_K < own_TE.sum(-1, keepdim=True)) & allowed_TE.gather(-1, ids_TK)
     weights_TK = weights_TK * chosen_TK
@@ -214,6 +241,26 @@ def route_allowed(
     if not rule.renormalize:
         weights_TK = weights_TK * (scores_TE * own_TE).sum(-1, keepdim=True)
     return Routing(ids_TK.masked_fill(~chosen_TK, num_experts), weights_TK)
+
+
+_CERTAIN = 100.0  # a logit beside which others, of 0, have a score of 0 in float32
+
+
+def hashed_logits(ids_T: Tensor, num_experts: int) -> Tensor:
+    """Return logits [.., E] that give each token id one expert with a score of 1, for good.
+
+    Hash Layers (arXiv 2106.04426), by multiplicative hashing: consecutive ids are spread evenly.
+
+    Args:
+        ids_T: Token ids [..].
+        num_experts: E.
+
+    >>> hashed_logits(torch.arange(6), 4).argmax(-1)
+    tensor([0, 2, 0, 3, 1, 0])
+    """
+    hashed_T = (ids_T.long() * 2654435761) & (2**32 - 1)
+    expert_T = (hashed_T * num_experts) >> 32
+    return _CERTAIN * F.one_hot(expert_T, num_experts).float()
 
 
 def _by_threshold(scores_TE: Tensor, rule: Rule) -> Routing:

@@ -77,6 +77,8 @@ def _refused(config: DsMoeConfig) -> str:
         )
     if config.router_type != "linear":
         return f"router_type={config.router_type}"
+    if config.score_correction_bias:
+        return "score_correction_bias=true, routers that choose by more than their scores"
     if config.pregated:
         before = "token" if config.by_token_before else "block"
         value = str(config.pregated).lower()

@@ -211,6 +211,7 @@ def _dsmoe_config(config: TrainConfig, tokens: dict[str, Any]) -> DsMoeConfig:
         "max_position_embeddings": max(config.seq_len, 2048),
         **config.model.settings,
         **{f"{name}_loss_coef": value for name, value in loss.items()},
+        **({"score_correction_bias": True} if config.loss.balancing_bias else {}),
         **tokens,
     }
     if config.model.preset is None:
@@ -240,6 +241,34 @@ def _check_effects(config: TrainConfig, dsmoe: DsMoeConfig) -> None:
             )
     if config.sparse.rule is not None:
         Rule.parse(config.sparse.rule).check(dsmoe.num_experts)
+    if dsmoe.router_type == "hash":
+        _check_hash_effects(config, given)
+
+
+def _check_hash_effects(config: TrainConfig, given: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that would change the choice of a router that has none.
+
+    Args:
+        config: The run's configuration.
+        given: Settings of losses and rules that are not neutral.
+    """
+    wanted = {
+        **{name: value for name, value in given.items() if name != "loss.attention_mi"},
+        "loss.locality": config.loss.locality,
+        "loss.routing_locality": config.loss.routing_locality,
+        "parallel.node_bias": config.parallel.node_bias,
+        "parallel.node_limit": config.parallel.node_limit,
+        "expert_dropout": config.expert_dropout and config.expert_dropout.order,
+        "budget_aware": config.budget_aware and config.budget_aware.weight,
+        "trainable": config.trainable if config.trainable == "routers" else None,
+    }
+    wanted.pop("model.routed_scaling_factor", None)
+    for name, value in wanted.items():
+        if value:
+            raise ConfigError(
+                f"{name}={value} has no effect on model.router_type=hash, where a token's id alone "
+                "decides its expert; leave it out, or give model.router_type=linear"
+            )
 
 
 def _olmoe(config: TrainConfig, tokens: Mapping[str, Any]) -> PreTrainedModel:
@@ -276,6 +305,11 @@ def _check_olmoe_settings(config: TrainConfig, settings: Mapping[str, Any]) -> N
                 f"a whole number from 1 to {experts}; leave it out to train all experts for every "
                 "token"
             )
+    if config.loss.balancing_bias:
+        raise ConfigError(
+            f"loss.balancing_bias={config.loss.balancing_bias:g} needs routers with a bias, which "
+            "OLMoE's have not; use loss.load_balancing, or architecture: dsmoe"
+        )
     if config.model.preset is not None or config.loss.attention_mi or config.sparse.rule:
         raise ConfigError(
             "architecture: olmoe does not support model.preset, loss.attention_mi and "

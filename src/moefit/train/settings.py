@@ -153,6 +153,9 @@ class LossConfig(Strict):
     attention_mi: float | None = Field(default=None, ge=0)
     load_balancing: float | None = Field(default=None, ge=0)
     z: float | None = Field(default=None, ge=0)
+    balancing_bias: float = Field(default=0.0, ge=0)
+    """Loss-free balancing (arXiv 2408.15664): after each step a bias of each expert, added to its
+    score for the choice alone, moves by this much towards an even load. 0 for no bias."""
     mi_ramp: tuple[_Fraction, _Fraction] = (0.0, 0.0)
     """Fractions of training between which both MI weights rise from zero to their full value."""
     routing_locality: float = Field(default=0.0, ge=0)

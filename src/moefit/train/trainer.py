@@ -23,6 +23,7 @@ from moefit.moe.expert_dropout import dropout_record
 from moefit.moe.locality import locality_statistics
 from moefit.signals import StopRequest
 from moefit.train import checkpoint
+from moefit.train.balancing import BalancingBias
 from moefit.train.config import TrainConfig
 from moefit.train.data.batches import training_batches, use_of_sources
 from moefit.train.data.tokenizer import vocabulary_size
@@ -105,6 +106,7 @@ class Trainer:
             callback.on_message(said)
         self.parallel.wrap(self.model)
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
+        self.balancing = BalancingBias.of(config, self.model)
         self.dropout = ExpertDropout.of(config, self.model)
         self.budget = BudgetAware.of(config, self.model)
         self.rounding = Rounding.of(config, self.model, self.processes.size)
@@ -367,6 +369,8 @@ class Trainer:
             raise self._diverged(step, str(error)) from error
         finally:
             self.allowed.arguments(None)
+        if self.balancing is not None:
+            self.balancing.update(self.processes)
         values = {
             "loss": result.lm_loss,
             "router_loss": result.router_loss,

@@ -52,7 +52,7 @@ def pair(shared_folder):
     tree = json.loads((shared_folder / "tree.json").read_text())
     train(make_config({**tree, "out": str(shared_folder / "chain")}), stop)
     return results(
-        2, "parallel_cases", shared_folder, "equality", "spread", "long_way",
+        2, "parallel_cases", shared_folder, "equality", "spread:hash,biased", "long_way",
         "tensor:dsmoe,lopsided", "run:two", "run:again:5", "run:again", "tensor_run:chain:4",
         "run:chain:6", "locmoe:loc",
         "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
@@ -68,7 +68,9 @@ def one(shared_folder):
     return alone(shared_folder, "one")
 
 
-@pytest.mark.parametrize("case", ["equality", "spread", "long_way", "tensor:dsmoe,lopsided"])
+@pytest.mark.parametrize(
+    "case", ["equality", "spread:hash,biased", "long_way", "tensor:dsmoe,lopsided"]
+)
 def test_two_processes_equal_one(pair, case):
     for name, (numbers, parameters) in pair[case].items():
         assert numbers < 1e-6, name

@@ -5,7 +5,11 @@ from processes import results
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from moefit.errors import ConfigError
-from moefit.train.parallel.transformers_ep import TokensTravel, register_expert_parallelism
+from moefit.train.parallel.transformers_ep import (
+    TokensTravel,
+    _check_members,
+    register_expert_parallelism,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,17 @@ def test_a_capacity_holds_in_training_only(pair):
 
 
 def test_what_does_not_work_is_refused(pair):
-    shared, none = pair["refusals"]
+    unequal, shared, none = pair["refusals"]
+    assert "machines have different numbers of processes (1, 2)" in unequal
     assert "tp_size=2; give tp_size=1" in shared
     assert "capacity_factor=0 is not a number of even shares" in none
+
+
+def test_groups_that_lie_unequally_on_machines_are_refused():
+    with pytest.raises(ConfigError, match=r"machines 0, 0, 0, 1, not .* divides the 3 processes"):
+        _check_members(range(4), 3)
+    _check_members(range(3, 6), 3)
+    _check_members(range(6), 3)
 
 
 def test_names_are_registered_with_transformers():

@@ -19,6 +19,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
+    score_correction_bias: bool = False
     pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False

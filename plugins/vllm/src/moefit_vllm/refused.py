@@ -30,6 +30,11 @@ def refuse_untested(config: Any, vllm_config: Any) -> None:
         raise ValueError("DS-MoE in vLLM computes in 16 or 32 bits; leave quantization out")
     if config.router_type != "linear":
         raise ValueError(f"router_type={config.router_type!r}; DS-MoE in vLLM has 'linear' routers")
+    if config.score_correction_bias:
+        raise ValueError(
+            "score_correction_bias=True: the plugin's routers choose by scores alone; serve the "
+            "model with `moefit serve`"
+        )
     if config.pregated:
         before = "block" if config.pregated is True else "token"
         raise ValueError(

@@ -46,6 +46,7 @@ class DsMoeConfig(PreTrainedConfig):
     num_experts: int = 16
     mlp_type: str = "swiglu"
     router_type: str = "linear"
+    score_correction_bias: bool = False
     pregated: bool | str = False
     router_hidden_size: int | None = None
     qk_norm: bool = False
@@ -71,15 +72,19 @@ class Rule:
         self.kind = kind
         self.value = 0.0 if kind == "dense" else float(values[0])  # K, or epsilon
 
-    def weights(self, scores_TE, real_T=None):
-        """Return the weights [T, E], 0 for experts that a token does not use."""
+    def weights(self, scores_TE, real_T=None, bias_E=None):
+        """Return the weights [T, E], 0 for experts that a token does not use.
+
+        The bias is added where the best are chosen, and not to their weights.
+        """
         if self.kind == "dense":
             return scores_TE
         if self.kind == "threshold":
             mask_TE = self._above(scores_TE)
         else:
             k = int(self.value) if self.kind == "top_k" else self._mean(scores_TE, real_T)
-            ids_TK = scores_TE.topk(k, dim=-1).indices
+            preference_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
+            ids_TK = preference_TE.topk(k, dim=-1).indices
             mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, ids_TK, True)
         active_TE = scores_TE * mask_TE
         return active_TE / active_TE.sum(-1, keepdim=True) if self.renormalize else active_TE
@@ -93,6 +98,13 @@ class Rule:
         if real_T is not None:
             count_T = count_T[real_T]
         return max(1, int(count_T.mean().item() + 0.5)) if count_T.numel() else 1
+
+
+def hashed_logits(ids_BT, num_experts):
+    """Return logits [B, T, E] that give each token id one expert, by multiplicative hashing."""
+    hashed_BT = (ids_BT.long() * 2654435761) & (2**32 - 1)
+    expert_BT = (hashed_BT * num_experts) >> 32
+    return 100.0 * F.one_hot(expert_BT, num_experts).float()
 
 
 class DsMoeRMSNorm(nn.Module):
@@ -110,18 +122,23 @@ class DsMoeRMSNorm(nn.Module):
 
 
 class DsMoeRouter(nn.Module):
-    """Scores of experts: a linear or two-layer router, or means of slices, in float32."""
+    """Scores of experts: a linear or two-layer router, or means of slices, in float32.
 
-    def __init__(self, config, num_experts, slices=False, embedding=False):
+    With `kind` hash there are none but those that `shift` makes of token ids.
+    """
+
+    def __init__(self, config, num_experts, kind="linear", embedding=False, biased=False):
         super().__init__()
-        self.num_experts, self.slices, self.hidden = num_experts, slices, None
+        self.num_experts, self.kind, self.hidden = num_experts, kind, None
+        bias_E = torch.zeros(num_experts) if biased else None
+        self.register_buffer("e_score_correction_bias", bias_E)
         self.embedding_weight = None
         if embedding:
             wide = 8 * num_experts
             self.embedding_up = nn.Parameter(torch.empty(wide, config.hidden_size))
             self.embedding_bias = nn.Parameter(torch.empty(wide))
             self.embedding_weight = nn.Parameter(torch.empty(num_experts, wide))
-        if slices:
+        if kind != "linear":
             return
         width = config.router_hidden_size
         if width is not None:
@@ -140,7 +157,9 @@ class DsMoeRouter(nn.Module):
         return logits_TE.softmax(-1)
 
     def _logits(self, x_TD):
-        if self.slices:
+        if self.kind == "hash":
+            return x_TD.new_zeros((*x_TD.shape[:-1], self.num_experts))
+        if self.kind == "grap":
             return x_TD.unflatten(-1, (self.num_experts, -1)).mean(-1).relu()
         if self.hidden is not None:
             weight, bias = self.hidden.weight.float(), self.hidden.bias.float()
@@ -293,10 +312,10 @@ class DsMoeBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        slices = config.router_type == "grap"
+        kind, biased = config.router_type, config.score_correction_bias
         embedding = config.pregated == "previous_token_and_embedding"
         several, experts = config.num_experts > 1, config.num_experts
-        self.gate = DsMoeRouter(config, experts, slices, embedding) if several else None
+        self.gate = DsMoeRouter(config, experts, kind, embedding, biased) if several else None
         self.scale = config.routed_scaling_factor
         self.experts = DsMoeExperts(config)
 
@@ -307,7 +326,8 @@ class DsMoeBlock(nn.Module):
             weights_TE = x_TD.new_ones((len(x_TD), 1), dtype=torch.float32)
         else:
             scores_TE = self.gate(gate_BTD, shift).flatten(0, 1)
-            weights_TE = rule.weights(scores_TE, real_T) * self.scale
+            bias_E = self.gate.e_score_correction_bias
+            weights_TE = rule.weights(scores_TE, real_T, bias_E) * self.scale
         return self.experts(x_TD, weights_TE).view_as(x_BTD)
 
 
@@ -341,6 +361,7 @@ class DsMoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
 
 class DsMoeModel(DsMoePreTrainedModel):
@@ -370,7 +391,10 @@ class DsMoeModel(DsMoePreTrainedModel):
             real_T = attention_mask[:, -x_BTD.shape[1] :].flatten().bool()
         positions = self.rotary_emb(x_BTD, position_ids)
         rule = Rule(self.config.inference_rule)
-        pregated, gate_BTD, previous = self.config.pregated, None, None
+        pregated, gate_BTD, previous, shift = self.config.pregated, None, None, None
+        if self.config.router_type == "hash":
+            hashed_BTE = hashed_logits(input_ids, self.config.num_experts)
+            shift = lambda own_BTE: hashed_BTE.to(own_BTE.device)  # noqa: E731
         if isinstance(pregated, str):
             width, eps = x_BTD.shape[-1:], self.config.rms_norm_eps
             previous = PreviousToken(
@@ -381,7 +405,8 @@ class DsMoeModel(DsMoePreTrainedModel):
                 len(self.layers),
             )
         for index, layer in enumerate(self.layers):
-            shift = None if previous is None else previous.of_block(index)
+            if previous is not None:
+                shift = previous.of_block(index)
             x_BTD, h_BTD = layer(x_BTD, gate_BTD, shift, rule, real_T, positions, mask, cache)
             gate_BTD = h_BTD if pregated is True else None
         return self.norm(x_BTD)

@@ -12,6 +12,7 @@ one of its experts).
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -74,8 +75,11 @@ class _Implementations:
     def __call__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> "TokensTravel":
         """Return the implementation of a layer, as transformers calls `EPImplementation`.
 
+        All processes of the run make a layer's implementation together.
+
         Raises:
-            ConfigError: The processes are not divided among machines equally, or share a batch.
+            ConfigError: In all of them: the processes are not divided among machines equally, or
+                share a batch.
         """
         if tp_mesh.size() > 1:
             name = HIERARCHICAL if self.hierarchical else FLAT
@@ -90,17 +94,15 @@ class _Implementations:
         return TokensTravel(experts, ep_mesh, tp_mesh, wire, way, self.capacity_factor)
 
     def _way(self, group: dist.ProcessGroup) -> tuple[Wire, Way]:
-        per_machine = self.processes_per_machine
-        per_machine = per_machine or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        machine = [rank // per_machine for rank in dist.get_process_group_ranks(group)]
-        counts = Counter(machine)
-        if machine != sorted(machine) or len(set(counts.values())) > 1:
-            raise ConfigError(
-                f"the {len(machine)} processes that share the experts are on machines "
-                f"{', '.join(map(str, machine))}, not equally many consecutive ones on each; give "
-                f"an ep_size that divides the {per_machine} processes of a machine, or a multiple "
-                "of them"
-            )
+        ranks = dist.get_process_group_ranks(group)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        # All look at what all have, so that none begins to train while another has failed.
+        dist.all_gather_object(everyone, (self.processes_per_machine or local, ranks))
+        per_machine = _processes_per_machine([count for count, _ in everyone])
+        for _, members in everyone:
+            _check_members(members, per_machine)
+        machine = [rank // per_machine for rank in ranks]
         rank = dist.get_rank(group)
         wire = Wire(
             rank=rank,
@@ -109,6 +111,34 @@ class _Implementations:
             counting=False,
         )
         return wire, way_of(wire, group, hierarchical=self.hierarchical)
+
+
+def _processes_per_machine(counts: Sequence[int]) -> int:
+    """Return how many processes a machine has, as each of them says it.
+
+    Raises:
+        ConfigError: They say different numbers.
+    """
+    different = sorted(set(counts))
+    if len(different) > 1:
+        raise ConfigError(
+            f"machines have different numbers of processes ({', '.join(map(str, different))}), so "
+            "experts and tokens cannot be divided among machines equally; give torchrun "
+            f"--nproc-per-node {different[0]} on all, or one processes_per_machine"
+        )
+    return different[0]
+
+
+def _check_members(ranks: Sequence[int], per_machine: int) -> None:
+    """Raise ConfigError if processes that share experts are not equally many on each machine."""
+    machine = [rank // per_machine for rank in ranks]
+    if machine != sorted(machine) or len(set(Counter(machine).values())) > 1:
+        raise ConfigError(
+            f"the {len(machine)} processes that share the experts are on machines "
+            f"{', '.join(map(str, machine))}, not equally many consecutive ones on each; give "
+            f"an ep_size that divides the {per_machine} processes of a machine, or a multiple "
+            "of them"
+        )
 
 
 class TokensTravel(EPImplementation):
