@@ -4,8 +4,9 @@
         [--seeds 1,2,3] [--recipes base,nested,...] [--model sparse] [--steps 640]
 
 Per seed, the base is trained plainly to the end. Recipes that have no effect before `begin` go on
-from the base's checkpoint at that step (`continue_from`), so that they share its weights, batches
-and optimizer up to there and cost only the steps after it. Runs that were stopped resume, and
+from the base's checkpoint at that step (`continue_from`), or from that of the recipe that they are
+`of`, so that they share its weights, batches and optimizer up to there and cost only the steps
+after it. Runs that were stopped resume, and
 finished ones are left as they are. All run one after the other, on the threads that torch has.
 """
 
@@ -60,7 +61,18 @@ MODELS |= {
         **MODELS["small-sparse"],
         "model": {**MODELS["small-sparse"]["model"], "num_experts": experts},
     }
-    for experts in (4, 5, 32)
+    for experts in (4, 5)
+}
+# The same weights in total and per token, in twice as many experts of half the width. The scale of
+# the outputs is kept: a chosen expert has a weight of one on average, as above.
+_TOP_8 = dict.fromkeys(_TOP_4, "top_k:8:renormalize")
+_NARROW = {"intermediate_size": 32, **_TOP_8, "routed_scaling_factor": 8}
+MODELS |= {
+    f"small-sparse-narrow{name}": {
+        **MODELS["small-sparse"],
+        "model": {**MODELS["small-sparse"]["model"], **_NARROW, "num_experts": experts},
+    }
+    for name, experts in (("", 32), ("-11", 11), ("-8", 8))
 }
 NESTED = {"order": "nested", "share": 0.75, "begin": 0.5}
 LATE = {**NESTED, "begin": 0.8}
@@ -90,6 +102,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]},
     },
     "nested-rounded": {"expert_dropout": NESTED, "rounding": MIXED_BITS},
+    # The last tenth of a nested training, again with experts rounded.
+    "nested-last-rounded": {
+        "of": "nested",
+        "expert_dropout": NESTED,
+        "rounding": {**MIXED_BITS, "begin": 0.9},
+        "begin": 0.9,
+    },
     "all": {
         "expert_dropout": NESTED,
         "budget_aware": {"weight": 0.1, "ramp": [0.5, 0.6]},
@@ -142,7 +161,8 @@ def settings(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, A
     if name != "base":
         begin = recipe.get("begin") or recipe["expert_dropout"]["begin"]
         step = round(begin * arguments.steps)
-        tree["continue_from"] = str(_shared(_folder(arguments, "base", seed), step))
+        before = _folder(arguments, recipe.get("of", "base"), seed)
+        tree["continue_from"] = str(_shared(before, step))
     return tree
 
 
@@ -150,11 +170,11 @@ def _folder(arguments: argparse.Namespace, name: str, seed: int) -> Path:
     return arguments.out / f"{arguments.model}-{name}-{seed}"
 
 
-def _shared(base: Path, step: int) -> Path:
-    """Return the base's checkpoint in which a recipe begins."""
-    found = [one for one in checkpoints(base) if step_of(one) == step]
+def _shared(run: Path, step: int) -> Path:
+    """Return the checkpoint of another run in which a recipe begins."""
+    found = [one for one in checkpoints(run) if step_of(one) == step]
     if not found:
-        raise SystemExit(f"{base} has no checkpoint of step {step}; train `base` first")
+        raise SystemExit(f"{run} has no checkpoint of step {step}; train that recipe first")
     return found[0]
 
 

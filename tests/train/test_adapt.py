@@ -100,6 +100,16 @@ def test_routers_alone(olmoe, dsmoe, corpus, tmp_path):
         assert all("gate.weight" in name or "norm" in name for name in changed)
 
 
+def test_changes_of_low_rank(olmoe, corpus, tmp_path):
+    settings = ("--steps", "3", "--trainable", "low_rank", "--rank", "2", "--lr", "0.1")
+    adapted(olmoe, tmp_path / "out", corpus, *settings)
+    changed = differing(olmoe, tmp_path / "out")
+    assert any(".experts." in name for name in changed)
+    assert all(".experts." in name or "gate.weight" in name or "norm" in name for name in changed)
+    with pytest.raises(ConfigError, match="rank=8 saves nothing"):
+        adapted(olmoe, tmp_path / "other", corpus, *settings[:4], "--rank", "8")
+
+
 def test_what_fewer_experts_cost_goes_down(dsmoe, corpus, tmp_path):
     adapted(dsmoe, tmp_path / "short", corpus, "--steps", "1", "--lr", "1e-9")
     adapted(dsmoe, tmp_path / "long", corpus, "--steps", "60", "--lr", "0.01")

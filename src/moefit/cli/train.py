@@ -85,6 +85,7 @@ class TrainableName(StrEnum):
 
     all = "all"
     routers = "routers"
+    low_rank = "low_rank"
 
 
 @command("adapt")
@@ -94,8 +95,10 @@ def adapt(
     text: Annotated[list[str], option("Text file or folder to train on; may be repeated.")],
     steps: Annotated[int, option("Number of training steps.", min=1)] = 400,
     trainable: Annotated[
-        TrainableName, option("all: all weights; routers: routers and norms only.")
+        TrainableName,
+        option("all: all weights; routers: routers and norms; low_rank: and changes of experts."),
     ] = TrainableName.all,
+    rank: Annotated[int, advanced("Of the changes of experts, with low_rank.", min=1)] = 8,
     order: Annotated[
         OrderName, advanced("Which experts stay, as in expert_dropout.order.")
     ] = OrderName.nested,
@@ -125,6 +128,7 @@ def adapt(
             "begin": 0.0,
         },
         "trainable": trainable.value,
+        "rank": rank,
         "optimizer": {"lr": lr},
         "steps": steps,
         "batch_size": batch_size,

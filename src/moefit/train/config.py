@@ -45,8 +45,11 @@ class TrainConfig(Strict):
 
     Runs that differ only in settings without effect until then, such as `expert_dropout` before its
     `begin`, share the steps before it."""
-    trainable: Literal["all", "routers"] = "all"
-    """`routers`: of the weights of `start_from`, only routers and norms are trained."""
+    trainable: Literal["all", "routers", "low_rank"] = "all"
+    """`routers`: of the weights of `start_from`, only routers and norms are trained. `low_rank`:
+    also, of each expert's matrices, a change of rank `rank`."""
+    rank: int = Field(default=8, gt=0)
+    """With `trainable=low_rank`, of the changes."""
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     sparse: SparseConfig = SparseConfig()
@@ -115,15 +118,24 @@ class TrainConfig(Strict):
                 "start_from and continue_from both give the weights; give start_from to train them "
                 "from step 0, or continue_from to go on at its step"
             )
-        if self.trainable == "routers" and self.start_from is None:
+        return self
+
+    @model_validator(mode="after")
+    def _check_trainable(self) -> Self:
+        if self.trainable != "all" and self.start_from is None:
             raise ValueError(
-                "trainable=routers would leave all other weights random; give start_from, or "
-                "trainable=all"
+                f"trainable={self.trainable} would leave all other weights random; give "
+                "start_from, or trainable=all"
             )
-        if self.trainable == "routers" and self.optimizer.name == "muon":
+        if self.trainable != "all" and self.optimizer.name == "muon":
             raise ValueError(
-                "optimizer.name=muon updates matrices that trainable=routers does not train; give "
-                "optimizer.name=adamw, or trainable=all"
+                f"optimizer.name=muon updates matrices that trainable={self.trainable} does not "
+                "train; give optimizer.name=adamw, or trainable=all"
+            )
+        if self.trainable != "low_rank" and self.rank != type(self).model_fields["rank"].default:
+            raise ValueError(
+                f"rank={self.rank} has no effect with trainable={self.trainable}; leave it out, or "
+                "give trainable=low_rank"
             )
         return self
 

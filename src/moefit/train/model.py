@@ -21,6 +21,7 @@ from moefit.errors import ConfigError
 from moefit.moe.routing import Rule
 from moefit.train.checkpoint import MANIFEST, checkpoints, verify
 from moefit.train.config import TrainConfig
+from moefit.train.memory.low_rank import add_low_rank
 
 
 def initial_folder(source: str) -> Path:
@@ -155,20 +156,23 @@ def loss_weights(config: TrainConfig, model: PreTrainedModel) -> RouterLossWeigh
 
 
 def select_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Freeze the weights that `config.trainable` leaves out.
+    """Freeze the weights that `config.trainable` leaves out, and add the changes of low rank.
 
     Raises:
-        ConfigError: Nothing is left to train.
+        ConfigError: Nothing is left to train, or the rank is too large.
     """
     if config.trainable == "all":
         return
     if int(model.config.num_experts) < 2:
         raise ConfigError(
-            "trainable=routers, but model.num_experts=1 has no router; give trainable=all"
+            f"trainable={config.trainable}, but model.num_experts=1 has no router; give "
+            "trainable=all"
         )
     for name, parameter in model.named_parameters():
         modules = name.split(".")
         parameter.requires_grad = any(part == "gate" or "norm" in part for part in modules)
+    if config.trainable == "low_rank":
+        add_low_rank(model, config.rank, config.seed)
 
 
 def attention_implementation(config: TrainConfig, device: torch.device) -> str:

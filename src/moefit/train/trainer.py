@@ -184,6 +184,11 @@ class Trainer:
 
     def _check_model(self) -> None:
         """Raise ConfigError for a setting without effect, or a model that cannot be spread."""
+        if self.config.trainable == "low_rank" and self.processes.size > 1:
+            raise ConfigError(
+                "trainable=low_rank changes whole experts, which many processes hold in parts; "
+                "train with one process, or give trainable=all"
+            )
         locality = self.config.loss.routing_locality
         if locality and int(self.model.config.num_experts) < 2:
             raise ConfigError(
@@ -269,7 +274,11 @@ class Trainer:
                 f"continue_from={str(folder)!r} is at step {step}, but steps={self.config.steps}; "
                 f"the fewest that work are {step + 1}"
             )
-        if self.dropout is not None and self.dropout.begin_step < step:
+        if (
+            self.dropout is not None
+            and self.dropout.begin_step < step
+            and not self.dropout.made(dropout_record(self.model.config))
+        ):
             raise ConfigError(
                 f"expert_dropout.begin={self.dropout.settings.begin:g} is step "
                 f"{self.dropout.begin_step}, but continue_from={str(folder)!r} is at step {step}; "

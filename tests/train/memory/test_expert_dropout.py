@@ -291,6 +291,25 @@ def test_another_recipe_continues_from_a_checkpoint(sparse, callback, tmp_path):
     assert train(make_config(branch), callback) == continued  # nothing is left to do
 
 
+def test_the_same_dropout_goes_on_with_another_recipe(sparse, callback, tmp_path):
+    sparse["expert_dropout"] |= {"order": "nested"}
+    sparse |= {"steps": 8, "checkpoint": {"every": 6, "keep": 9}}
+    whole = train(make_config(sparse), callback).checkpoint
+    branch = {"out": str(tmp_path / "branch"), "continue_from": str(tmp_path / "run/step-00000006")}
+    same = train(make_config(sparse | branch), callback).checkpoint
+    assert (same / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    sparse |= branch | {"out": str(tmp_path / "other"), "rounding": {"formats": ["int2"]}}
+    other = train(make_config(sparse), callback).checkpoint
+    assert (other / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+    a, b = (
+        json.loads((one / "config.json").read_text())["expert_dropout"] for one in (whole, other)
+    )
+    assert a["resident_order"] == b["resident_order"]
+    sparse["expert_dropout"] = sparse["expert_dropout"] | {"share": 0.25}
+    with pytest.raises(ConfigError, match=r"continue_from=.* is at step 6; the least that works"):
+        train(make_config(sparse | {"out": str(tmp_path / "third")}), callback)
+
+
 def test_checkpoints_that_cannot_be_continued(sparse, callback, tmp_path):
     plain = {k: v for k, v in sparse.items() if k != "expert_dropout"}
     last = train(make_config(plain | {"out": str(tmp_path / "plain")}), callback).checkpoint

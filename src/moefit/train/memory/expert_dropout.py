@@ -134,6 +134,12 @@ class ExpertDropout:
             resident_order=tuple(tuple(one) for one in ordered),
         )
 
+    def made(self, record: ExpertDropoutRecord | None) -> bool:
+        """Return whether a checkpoint with this record was trained with the same dropout."""
+        if record is None:
+            return False
+        return replace(record, held_out_loss=None) == self.record(record.resident_order)
+
     def counts(self) -> tuple[int, ...]:
         """Return the numbers of experts per layer that the finished model is evaluated with.
 

@@ -71,10 +71,10 @@ class Rounding:
                 f"rounding encodes whole experts, which {processes} processes hold in parts; train "
                 "with one process, or leave out rounding"
             )
-        if config.trainable == "routers":
+        if config.trainable != "all":
             raise ConfigError(
-                "rounding trains experts, which trainable=routers leaves as they are; give "
-                "trainable=all, or leave out rounding"
+                f"rounding trains experts, which trainable={config.trainable} leaves as they are; "
+                "give trainable=all, or leave out rounding"
             )
         begin_step = round(settings.begin * config.steps)
         if begin_step >= config.steps:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.model_folder import save_tokenizer
 from moefit.train import checkpoint
+from moefit.train.memory.low_rank import merged
 from moefit.train.parallel.state import SHARDED, RunState, load_alone
 
 _FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, CheckpointException)
@@ -58,7 +59,7 @@ class WholeSaver:
         """Save a checkpoint; see `Saver`."""
         snapshot = checkpoint.Snapshot(
             step=step,
-            model=self._state.model,
+            model=merged(self._state.model),
             tokenizer=self._tokenizer,
             state=self._state.state_dict(seconds),
         )

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from moefit.errors import CheckpointError, ConfigError, DataError
 from moefit.moe.expert_dropout import KEY, dropout_record
 from moefit.train.checkpoint import load_state, verify
+from moefit.train.memory.low_rank import factors, load_trained
 from moefit.train.parallel.processes import OneProcess, Processes
 from moefit.train.spikes import SpikeDetector
 
@@ -69,7 +70,8 @@ class RunState:
     def state_dict(self, seconds: float) -> dict[str, Any]:
         """Return the state of one process without weights, after `seconds` of training."""
         state = {"optimizer": self.optimizer.state_dict(), **self._facts(seconds)}
-        return {**state, **self._generators()}
+        changes = {"low_rank": found} if (found := factors(self.model)) else {}
+        return {**state, **self._generators(), **changes}
 
     def shared_state(self, seconds: float) -> dict[str, Any]:
         """Return what the processes of a run know apart from sharded tensors; all call it."""
@@ -150,7 +152,7 @@ class RunState:
                 config = type(self.model.config).from_pretrained(folder)
                 self._load_sharded(folder / SHARDED)
             else:
-                config = self._load_whole(folder, state["optimizer"])
+                config = self._load_whole(folder, state["optimizer"], state.get("low_rank"))
             if (record := dropout_record(config)) is not None:
                 setattr(self.model.config, KEY, record.as_dict())
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
@@ -173,9 +175,15 @@ class RunState:
             optim_state_dict=tensors["optimizer"],
         )
 
-    def _load_whole(self, folder: Path, optimizer: dict[str, Any]) -> Any:
+    def _load_whole(
+        self, folder: Path, optimizer: dict[str, Any], changes: Mapping[str, Tensor] | None
+    ) -> Any:
         """Load the checkpoint of one process; return the model's configuration."""
         saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
+        if changes is not None:
+            load_trained(self.model, saved.state_dict(), changes)
+            self.optimizer.load_state_dict(optimizer)
+            return saved.config
         if self.processes.size == 1:
             self.model.load_state_dict(saved.state_dict())
             self.optimizer.load_state_dict(optimizer)
