@@ -5,6 +5,7 @@ import torch
 from tiny_models import set_biases, tiny_config, tiny_model, tokens
 
 from moefit.errors import ConfigError
+from moefit.evaluate.evaluated_model import evaluated_model
 from moefit.moe.routing import Rule, hashed_logits, route, route_allowed
 
 ONE = {"training_rule": "top_k:1", "inference_rule": "top_k:1"}
@@ -62,6 +63,22 @@ def test_hashed_experts_are_trained_also_with_activation_checkpointing():
     assert all(grad.any() for grad in found[0])
 
 
+def test_hashed_tokens_beside_padding_are_computed_as_alone():
+    model, ids_BT = tiny_model(**HASH), tokens(2, 9)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :4] = 0
+    with torch.no_grad():
+        padded = model(ids_BT.masked_fill(mask_BT == 0, 0), attention_mask=mask_BT).logits
+        alone = model(ids_BT[:1, 4:]).logits
+    torch.testing.assert_close(padded[:1, 4:], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("outside", [-1, 10**6])
+def test_hashed_ids_outside_the_table_raise(outside):
+    with pytest.raises(IndexError):
+        tiny_model(**HASH)(torch.tensor([[3, outside]]))
+
+
 def test_hashing_needs_token_ids():
     model = tiny_model(**HASH)
     with pytest.raises(ConfigError, match="inputs_embeds were given; give input_ids"):
@@ -80,6 +97,18 @@ def test_a_bias_decides_the_choice_and_not_the_weights():
     # Their scores among the two, times what the rule's own choice has of the scores of all.
     wanted = [[0.375 * 0.8, 0.625 * 0.8], [6 / 7 * 0.9, 1 / 7 * 0.9]]
     torch.testing.assert_close(allowed.weights_TK, torch.tensor(wanted))
+
+
+def test_no_bias_brings_back_an_expert_that_is_excluded():
+    """As `parallel.node_limit` excludes those of other machines, by their logits."""
+    logits_TE = torch.tensor([[0.0, 1.0, -1e4, -1e4]])
+    bias_E, rule = torch.tensor([-0.9, -0.9, 0.5, 0.5]), Rule.parse("top_k:2")
+    routing = route(logits_TE.softmax(-1), rule, None, bias_E)
+    assert sorted(routing.ids_TK[0].tolist()) == [0, 1]
+    torch.testing.assert_close(routing.weights_TK.sum(), torch.tensor(1.0))
+    some_TE = torch.tensor([[True, False, True, False]])
+    allowed = route_allowed(logits_TE, some_TE, Rule.parse("top_k:1"), None, bias_E)
+    assert allowed.ids_TK.tolist() == [[0]] and allowed.weights_TK.isfinite().all()
 
 
 def test_choices_are_counted_in_training_only():
@@ -112,6 +141,10 @@ def test_a_bias_is_saved_and_stays_in_float32(tmp_path):
         ({"router_type": "hash"}, "gives each token one expert, but training_rule='dense'"),
         ({**HASH, "inference_rule": "top_k:2"}, "inference_rule='top_k:2'; give inference_rule"),
         ({**HASH, "pregated": True}, "pregated=True has no effect; give pregated=false"),
+        (
+            {**HASH, "pregated": "previous_token_and_embedding"},
+            "pregated='previous_token_and_embedding' has no effect; give pregated=false",
+        ),
         ({**HASH, "num_experts": 1}, "router_type='hash' has no hidden layer and needs several"),
         ({**HASH, "score_correction_bias": True}, "needs routers that choose by scores"),
         ({"score_correction_bias": True}, "training_rule='dense' does not choose the best"),
@@ -121,3 +154,25 @@ def test_a_bias_is_saved_and_stays_in_float32(tmp_path):
 def test_what_contradicts_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule", "message"),
+    [
+        (HASH, "dense", "gives each token one expert, but inference_rule='dense'"),
+        (BIASED, "threshold:0.5", "inference_rule='threshold:0.5' does not choose the best"),
+    ],
+)
+def test_rules_that_routers_cannot_choose_by_are_refused(settings, rule, message, tmp_path):
+    """A model that was saved with one could not be loaded."""
+    model = tiny_model(**settings)
+    with pytest.raises(ConfigError, match=message):
+        model.set_inference_rule(rule)
+    evaluated = evaluated_model(model)
+    with pytest.raises(ConfigError, match=message):
+        evaluated.check(Rule.parse(rule))
+    assert evaluated.default_rules()
+    for one in evaluated.default_rules():
+        with evaluated.use(one):
+            model.save_pretrained(tmp_path)
+        type(model).from_pretrained(tmp_path)

@@ -87,6 +87,19 @@ def test_every_kind_of_model(changes, tmp_path, inputs):
         assert differs_by(greedy(served.model, inputs), greedy(model, inputs)) < 1e-5
 
 
+def test_virtual_mode_knows_a_bias_that_showed_no_choice_when_it_was_loaded(tmp_path, inputs):
+    """Biases of 0 here, which change no choice; small ones may change none of a few tokens."""
+    model = tiny_model(
+        score_correction_bias=True, training_rule="top_k:2", inference_rule="top_k:2"
+    )
+    with serving(saved(model, tmp_path), slots=EXPERTS) as served:
+        for one in (model, served.model):
+            set_biases(one)
+        hold(served, list(range(EXPERTS)), "virtual", keep_mass=False)
+        served.reset()
+        assert differs_by(logits(served.model, inputs), logits(model, inputs)) < 1e-5
+
+
 def test_bfloat16(tmp_path, inputs):
     folder = saved(large(num_hidden_layers=4).to(torch.bfloat16), tmp_path)
     model = DsMoeForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()

@@ -53,3 +53,24 @@ def test_missing_or_damaged_source_raises(folder, tmp_path):
     (path / "model.safetensors").write_bytes(b"1234567890")
     with pytest.raises(CheckpointError, match="damaged"):
         load_initial_weights(tiny_model(), str(path))
+
+
+RULES = {"training_rule": "top_k:1", "inference_rule": "top_k:1"}
+
+
+def test_biases_that_a_source_lacks_begin_at_0(folder):
+    path, source = folder
+    model = tiny_model(seed=2, score_correction_bias=True, **RULES)
+    load_initial_weights(model, str(path))
+    for layer, other in zip(model.model.layers, source.model.layers, strict=True):
+        assert not layer.mlp.gate.e_score_correction_bias.any()
+        assert torch.equal(layer.mlp.gate.weight, other.mlp.gate.weight)
+
+
+@pytest.mark.parametrize(("before", "now"), [("grap", "hash"), ("hash", "linear")])
+def test_experts_of_another_kind_of_router_raise(tmp_path, before, now):
+    """Two kinds have no weights by which they could be told apart."""
+    shape = {"num_experts": 4, **RULES}
+    tiny_model(router_type=before, **shape).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"has router_type={before}, not {now}|lacks .*gate"):
+        load_initial_weights(tiny_model(router_type=now, **shape), str(tmp_path))

@@ -12,8 +12,10 @@ from moefit.train.optimizer import make_optimizer
 from moefit.train.parallel.state import RunState
 from moefit.train.settings import OptimizerConfig
 
+ONE = {"training_rule": "top_k:1", "inference_rule": "top_k:1"}
 
-def make_state(hidden_size=16):
+
+def make_state(hidden_size=16, **settings):
     config = DsMoeConfig(
         vocab_size=300,
         hidden_size=hidden_size,
@@ -21,6 +23,7 @@ def make_state(hidden_size=16):
         num_attention_heads=2,
         num_hidden_layers=1,
         num_experts=2,
+        **settings,
     )
     model = DsMoeForCausalLM(config)
     return RunState(
@@ -55,6 +58,22 @@ def test_state_round_trips(saved, state):
     assert torch.equal(torch.rand(3), expected)
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({"router_type": "hash", **ONE}, {"router_type": "grap", **ONE}, "has router_type=hash"),
+        ({}, {"pregated": "previous_token"}, "has pregated=False, not previous_token"),
+        ({}, {"score_correction_bias": True, **ONE}, "e_score_correction_bias"),
+    ],
+)
+def test_routers_that_choose_otherwise_raise(tmp_path, before, now, message):
+    """The first two have weights of the same names and shapes."""
+    state = make_state(**before)
+    saved = save(tmp_path, state, state.state_dict(1.5))
+    with pytest.raises(CheckpointError, match=message):
+        make_state(**now).restore(saved)
 
 
 def test_changed_data_raises(saved, state):

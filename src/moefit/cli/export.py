@@ -109,7 +109,8 @@ def _write_olmoe(model: str, out: Path, experts_per_token: int, dtype: Dtype | N
     loaded, tokenizer = load_full_model(model)
     if isinstance(loaded, DsMoeForCausalLM):  # K is given here, so a threshold is no obstacle
         renormalize = Rule.parse(loaded.config.inference_rule).renormalize
-        loaded.set_inference_rule(Rule(kind="top_k", k=experts_per_token, renormalize=renormalize))
+        rule = Rule(kind="top_k", k=experts_per_token, renormalize=renormalize)
+        loaded.config.inference_rule = str(rule)  # `export_olmoe` says why it cannot be
     export_olmoe(
         loaded,
         out,

@@ -143,8 +143,6 @@ class DsMoeConfig(PreTrainedConfig):
                 "or give head_dim",
             )
         self._check_heads()
-        for rule in (self.training_rule, self.inference_rule):
-            Rule.parse(rule).check(self.num_experts)
         self._check_choice()
         if self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # transformers writes into it
@@ -223,12 +221,6 @@ class DsMoeConfig(PreTrainedConfig):
         if self.router_type == "linear":
             return
         _require(
-            self.pregated != PREVIOUS_AND_EMBEDDING,
-            f"pregated={PREVIOUS_AND_EMBEDDING!r} gives routers weights for the embedding, but "
-            "router_type='grap' has none; give router_type='linear', or "
-            f"pregated={PREVIOUS_TOKEN!r}",
-        )
-        _require(
             self.num_experts > 1 and self.router_hidden_size is None,
             f"router_type={self.router_type!r} has no hidden layer and needs several experts, but "
             f"num_experts={self.num_experts} and router_hidden_size={self.router_hidden_size}; "
@@ -241,6 +233,12 @@ class DsMoeConfig(PreTrainedConfig):
                 f"{self.pregated!r} has no effect; give pregated=false",
             )
             return
+        _require(
+            self.pregated != PREVIOUS_AND_EMBEDDING,
+            f"pregated={PREVIOUS_AND_EMBEDDING!r} gives routers weights for the embedding, but "
+            "router_type='grap' has none; give router_type='linear', or "
+            f"pregated={PREVIOUS_TOKEN!r}",
+        )
         nearest = nearest_multiple(self.hidden_size, self.num_experts)
         _require(
             self.hidden_size % self.num_experts == 0,
@@ -249,25 +247,32 @@ class DsMoeConfig(PreTrainedConfig):
         )
 
     def _check_choice(self) -> None:
-        """Check rules where the router decides, or prefers, without regard to all scores."""
-        rules = {name: getattr(self, name) for name in ("training_rule", "inference_rule")}
-        for name, rule in rules.items():
-            parsed = Rule.parse(rule)
-            _require(
-                self.router_type != "hash" or parsed.k == 1,
-                f"router_type='hash' gives each token one expert, but {name}={rule!r}; give "
-                f"{name}='top_k:1', or router_type='linear'",
-            )
-            _require(
-                not self.score_correction_bias or parsed.kind in ("top_k", "threshold_top_k"),
-                f"score_correction_bias=True changes which experts are the best, but {name}="
-                f"{rule!r} does not choose the best; give {name}='top_k:K'",
-            )
+        for name in ("training_rule", "inference_rule"):
+            self.check_rule(Rule.parse(getattr(self, name)), name)
         _require(
             not self.score_correction_bias or (self.num_experts > 1 and self.router_type != "hash"),
             f"score_correction_bias=True needs routers that choose by scores, but num_experts="
             f"{self.num_experts} and router_type={self.router_type!r}; give num_experts=2 or more "
             "and router_type='linear' or 'grap', or score_correction_bias=false",
+        )
+
+    def check_rule(self, rule: Rule, name: str = "inference_rule") -> None:
+        """Raise ConfigError if the model's routers cannot choose by a rule.
+
+        Args:
+            rule: The rule.
+            name: The field that it is for.
+        """
+        rule.check(self.num_experts)
+        _require(
+            self.router_type != "hash" or rule.k == 1,
+            f"router_type='hash' gives each token one expert, but {name}={str(rule)!r}; give "
+            f"{name}='top_k:1', or router_type='linear'",
+        )
+        _require(
+            not self.score_correction_bias or rule.kind in ("top_k", "threshold_top_k"),
+            f"score_correction_bias=True changes which experts are the best, but {name}="
+            f"{str(rule)!r} does not choose the best; give {name}='top_k:K'",
         )
 
     def _check_tokens(self) -> None:

@@ -265,10 +265,11 @@ class DsMoeForCausalLM(DsMoePreTrainedModel, GenerationMixin):
         """Set the rule of eval mode and return the previous one.
 
         Raises:
-            ConfigError: The rule is unknown or selects more experts than there are.
+            ConfigError: The rule is unknown, selects more experts than there are, or is not one by
+                which the model's routers choose.
         """
         rule = Rule.parse(rule) if isinstance(rule, str) else rule
-        rule.check(self.config.num_experts)
+        self.config.check_rule(rule)
         before, self.config.inference_rule = self.config.inference_rule, str(rule)
         return before
 

@@ -9,7 +9,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts, OlmoeTopKRout
 
 from moefit.dsmoe.card import model_card
 from moefit.dsmoe.model import DsMoeForCausalLM
-from moefit.errors import UnsupportedModelError
+from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.moe.routing import Rule, default_rules
 
 
@@ -66,7 +66,7 @@ def evaluated_model(model: PreTrainedModel) -> EvaluatedModel:
 
 
 class EvaluatedDsMoe:
-    """A DS-MoE, which supports every rule."""
+    """A DS-MoE, which supports every rule by which its routers can choose."""
 
     def __init__(self, model: DsMoeForCausalLM):
         self._model, self._card = model, model_card(model.config)
@@ -75,8 +75,8 @@ class EvaluatedDsMoe:
         self.total = self._card.total_without_embeddings
 
     def check(self, rule: Rule) -> None:
-        """Raise ConfigError if the rule selects more experts than there are."""
-        rule.check(self.num_experts)
+        """Raise ConfigError if the model's routers cannot choose by the rule."""
+        self._model.config.check_rule(rule)
 
     @contextmanager
     def use(self, rule: Rule) -> Iterator[None]:
@@ -92,8 +92,15 @@ class EvaluatedDsMoe:
         return self._card.active(rule, mlp, attention)
 
     def default_rules(self) -> tuple[Rule, ...]:
-        """Return the rules to compare by default."""
-        return default_rules(self.num_experts)
+        """Return the rules to compare by default, of those that the model supports."""
+        return tuple(rule for rule in default_rules(self.num_experts) if self._supports(rule))
+
+    def _supports(self, rule: Rule) -> bool:
+        try:
+            self.check(rule)
+        except ConfigError:
+            return False
+        return True
 
 
 class EvaluatedOlmoe:

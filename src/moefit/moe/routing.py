@@ -137,10 +137,19 @@ def _top_k(
     k = rule.k if rule.k is not None else _mean_count(scores_TE, rule, real_T)
     rule.check(scores_TE.shape[-1])
     if bias_E is not None:
-        ids_TK = (scores_TE.detach() + bias_E.to(scores_TE.dtype)).topk(k, dim=-1).indices
+        ids_TK = _preferences(scores_TE, bias_E, scores_TE > 0).topk(k, dim=-1).indices
         return Routing(ids_TK, scores_TE.gather(-1, ids_TK))
     weights_TK, ids_TK = scores_TE.topk(k, dim=-1)
     return Routing(ids_TK, weights_TK)
+
+
+def _preferences(scores_TE: Tensor, bias_E: Tensor, possible_TE: Tensor) -> Tensor:
+    """Return by what the k best are chosen: scores and biases, of experts that are possible.
+
+    What excludes an expert gives it a score of 0, and no bias may bring it back.
+    """
+    preference_TE = scores_TE.detach() + bias_E.to(scores_TE.dtype)
+    return preference_TE.masked_fill(~possible_TE, -torch.inf)
 
 
 def _mean_count(scores_TE: Tensor, rule: Rule, real_T: Tensor | None) -> int:
@@ -231,8 +240,8 @@ def route_allowed(
     k = num_experts if rule.k is None else rule.k
     weights_TK, ids_TK = allowed_scores_TE.topk(k, dim=-1)
     if bias_E is not None and rule.kind in ("top_k", "threshold_top_k"):
-        preference_TE = scores_TE.detach() + bias_E.to(scores_TE.dtype)
-        ids_TK = preference_TE.masked_fill(~allowed_TE, -torch.inf).topk(k, dim=-1).indices
+        preference_TE = _preferences(scores_TE, bias_E, allowed_scores_TE > 0)
+        ids_TK = preference_TE.topk(k, dim=-1).indices
         weights_TK = allowed_scores_TE.gather(-1, ids_TK)
     rank_K = torch.arange(k, device=ids_TK.device)
     chosen_TK = (rank_K < own_TE.sum(-1, keepdim=True)) & allowed_TE.gather(-1, ids_TK)

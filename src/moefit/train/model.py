@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from moefit.checkpoint.config import read_config
 from moefit.checkpoint.quantisation import refuse_declared, refuse_integers
 from moefit.checkpoint.safetensors import Checkpoint
 from moefit.dsmoe.config import DsMoeConfig, nearest_multiple
@@ -37,8 +38,12 @@ def initial_folder(source: str) -> Path:
     return found[-1]
 
 
-NEW_IN_ROUTERS = tuple(f".mlp.gate.embedding_{name}" for name in ("up", "bias", "weight"))
-"""Weights of `pregated: previous_token_and_embedding` that a model to start from may lack."""
+NEW_IN_ROUTERS = (
+    *(f".mlp.gate.embedding_{name}" for name in ("up", "bias", "weight")),
+    ".mlp.gate.e_score_correction_bias",
+)
+"""What a model to start from may lack: weights of `pregated: previous_token_and_embedding`, and
+biases of `loss.balancing_bias`, which begin at 0."""
 
 
 def load_initial_weights(model: PreTrainedModel, source: str) -> None:
@@ -99,6 +104,9 @@ def _copy_weights(model: PreTrainedModel, stored: Checkpoint, source: str) -> No
         for name, span in sorted(stored.spans.items())
         if name in weights and span.shape != tuple(weights[name].shape)
     ]
+    before = read_config(stored.folder).get("router_type", "linear")
+    if before != model.config.router_type:  # two kinds have no weights
+        wrong.append(f"has router_type={before}, not {model.config.router_type}")
     _refuse_differences(wrong, source)
     for name in new:
         if name.endswith("_weight"):

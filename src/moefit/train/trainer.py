@@ -102,8 +102,8 @@ class Trainer:
         self.processes.agreed(self._check_model)
         self.teacher = GateTeacher.of(config, self.model)  # copies whole routers
         resumes = self.processes.on_main(lambda: bool(checkpoint.checkpoints(out)))
-        if not resumes and (said := fit_early_routers(config, self.model, data)) is not None:
-            callback.on_message(said)
+        if not resumes:
+            self._say(self.processes.agreed(lambda: fit_early_routers(config, self.model, data)))
         self.parallel.wrap(self.model)
         self.nodes = NodeLocality.of(config, self.model, self.parallel)
         self.balancing = BalancingBias.of(config, self.model)

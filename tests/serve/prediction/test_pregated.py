@@ -1,11 +1,12 @@
 """Pre-gated models are served like others, and nothing that is read early is wrong."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from serving import check_served, differs_by, give_slots, greedy, logits, saved
-from tiny_models import tiny_model, tokens
+from tiny_models import set_biases, tiny_model, tokens
 from torch import Tensor
 
 from moefit.evaluate.prediction import measure_prediction
@@ -18,10 +19,10 @@ EXPERTS, LAYERS = 8, 4
 INPUTS = {"input_ids": tokens(1, 11)}
 
 
-def model_of(rule: str = "top_k:2") -> Any:
+def model_of(rule: str = "top_k:2", **changes: Any) -> Any:
     return tiny_model(
         pregated=True, num_experts=EXPERTS, num_hidden_layers=LAYERS, qk_norm=True,
-        inference_rule=rule,
+        inference_rule=rule, **changes,
     )  # fmt: skip
 
 
@@ -55,6 +56,16 @@ class Checked(EarlyReader):
 
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:3:renormalize"])
 def test_what_is_known_early_is_what_is_chosen(folder, rule: str) -> None:
+    check_known(folder, rule)
+
+
+def test_what_is_known_early_is_what_routers_with_a_bias_choose(tmp_path) -> None:
+    model = model_of(training_rule="top_k:2", score_correction_bias=True)
+    set_biases(model)
+    check_known(saved(model, tmp_path), "top_k:2")
+
+
+def check_known(folder: Path, rule: str) -> None:
     with load_model(folder, LoadSettings()) as served:
         give_slots(served, 4)
         served.model.set_inference_rule(rule)

@@ -1,12 +1,13 @@
 """Models that route by the token before are served like others, with all reads of a step known."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from serving import check_served, differs_by, give_slots, greedy, logits, saved
-from tiny_models import tiny_model, tokens
+from tiny_models import set_biases, tiny_model, tokens
 from torch import Tensor
 
 from moefit.cache_argument import forward_with_cache
@@ -23,10 +24,10 @@ EXPERTS, LAYERS = 8, 4
 INPUTS = {"input_ids": tokens(1, 11)}
 
 
-def model_of(rule: str = "top_k:2", form: str = PREVIOUS_AND_EMBEDDING) -> Any:
+def model_of(rule: str = "top_k:2", form: str = PREVIOUS_AND_EMBEDDING, **changes: Any) -> Any:
     return tiny_model(
         pregated=form, num_experts=EXPERTS, num_hidden_layers=LAYERS, qk_norm=True,
-        inference_rule=rule,
+        inference_rule=rule, **changes,
     )  # fmt: skip
 
 
@@ -70,7 +71,16 @@ class Checked(StepReader):
 @pytest.mark.parametrize("form", [PREVIOUS_TOKEN, PREVIOUS_AND_EMBEDDING])
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "top_k:3:renormalize"])
 def test_the_choice_of_all_blocks_is_known_before_a_step(tmp_path, form: str, rule: str) -> None:
-    folder = saved(model_of(form=form), tmp_path)
+    check_known(saved(model_of(form=form), tmp_path), rule)
+
+
+def test_the_choice_of_routers_with_a_bias_is_known(tmp_path) -> None:
+    model = model_of(training_rule="top_k:2", score_correction_bias=True)
+    set_biases(model)
+    check_known(saved(model, tmp_path), "top_k:2")
+
+
+def check_known(folder: Path, rule: str) -> None:
     with load_model(folder, LoadSettings()) as served:
         give_slots(served, 4)
         served.model.set_inference_rule(rule)

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 from moefit.dsmoe.block import DsMoeBlock
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.errors import ConfigError
+from moefit.train import trainer
 from moefit.train.config import make_config
 from moefit.train.loop import train
 from moefit.train.memory.early_routers import fit_routers
 from moefit.train.memory.pregated import GateTeacher
 from moefit.train.model import build_model
+from moefit.train.parallel.processes import OneProcess
 from moefit.train.run_folder import read_log
 
 
@@ -97,6 +99,25 @@ def test_fine_tune_of_another_model_begins_with_its_weights(
     train(make_config(near), callback)
     first, *_ = [r for r in read_log(tmp_path / "near") if r["kind"] == "train"]
     assert first["loss"] == pytest.approx(plain[0]) and first["router_loss"] > 0
+
+
+def test_all_processes_learn_of_a_failure_of_fitting(tree, callback, monkeypatch) -> None:
+    """Else the others would wait for the one in which it failed."""
+    depths: list[int] = []
+
+    class Watched(OneProcess):
+        depth = 0
+
+        def agreed(self, action):
+            Watched.depth += 1
+            try:
+                return action()
+            finally:
+                Watched.depth -= 1
+
+    monkeypatch.setattr(trainer, "fit_early_routers", lambda *_: depths.append(Watched.depth))
+    train(make_config(tree), callback, Watched())
+    assert depths == [2], "in the trainer, which is made by agreement as well"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ class Rule:
             mask_TE = self._above(scores_TE)
         else:
             k = int(self.value) if self.kind == "top_k" else self._mean(scores_TE, real_T)
-            preference_TE = scores_TE if bias_E is None else scores_TE + bias_E.float()
+            preference_TE = scores_TE
+            if bias_E is not None:  # what excludes an expert gives it a score of 0
+                preference_TE = (scores_TE + bias_E.float()).masked_fill(scores_TE == 0, -torch.inf)
             ids_TK = preference_TE.topk(k, dim=-1).indices
             mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, ids_TK, True)
         active_TE = scores_TE * mask_TE

@@ -29,7 +29,9 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 def follow_rules(
     model: nn.Module, served: Mapping[str, VirtualExperts]
 ) -> tuple[RemovableHandle, ...]:
-    """Keep `VirtualExperts.scoring` in step with the inference rule of DS-MoE blocks.
+    """Keep `VirtualExperts.scoring` in step with the inference rule and bias of DS-MoE blocks.
+
+    A bias may change no choice among the tokens of the probe, so it is not left to that.
 
     Returns:
         The hooks; none for other architectures.
@@ -45,14 +47,14 @@ def check_rule(model: nn.Module, rule: Rule) -> DsMoeForCausalLM:
     """Return the model if `rule` can be used with it.
 
     Raises:
-        ConfigError: The model is no DS-MoE, or the rule needs more experts than it has.
+        ConfigError: The model is no DS-MoE, or its routers cannot choose by the rule.
     """
     if not isinstance(model, DsMoeForCausalLM):
         raise ConfigError(
             f"only DS-MoE models can be given an inference rule; {rule} was given for a "
             f"{type(model).__name__}: leave it out"
         )
-    rule.check(model.config.num_experts)
+    model.config.check_rule(rule)
     return model
 
 
@@ -66,11 +68,15 @@ def use_rule(model: nn.Module, rule: Rule) -> None:
 
 
 def _rule_hook(experts: VirtualExperts) -> Any:
-    def update_scoring(_block: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def update_scoring(block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(block, DsMoeBlock)
         rule: Rule = inputs[1]
         chosen = "normalised" if rule.renormalize else "kept"
-        if experts.scoring is not None and experts.scoring.chosen != chosen:
-            experts.scoring = replace(experts.scoring, chosen=chosen)
+        experts.bias_E = None if block.gate is None else block.gate.e_score_correction_bias
+        known = experts.scoring
+        biased = experts.bias_E is not None
+        if known is not None and (known.chosen, known.biased) != (chosen, biased):
+            experts.scoring = replace(known, chosen=chosen, biased=biased)
 
     return update_scoring
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moefit.dsmoe.block import DsMoeBlock
+from moefit.dsmoe.block import DsMoeBlock, DsMoeRouter
 from moefit.moe.routing import Routing, Rule, route
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.layer.moe_layer import VirtualExperts
@@ -41,24 +41,35 @@ class PreGates:
         self._parents = [model.get_submodule(one.block.parent) for one in blocks]
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor | None:
-        """Return the scores of the next block's experts [T, E]; None of later ones."""
+        """Return scores whose largest the next block chooses [T, E]; None of later ones."""
         if ahead != 1 or block + 1 >= len(self._parents):
             return None
-        parent = self._parents[block + 1]
+        gate = self._gate(block + 1)
+        scores_TE, bias_E = gate.scores(x_TD), gate.e_score_correction_bias
+        return scores_TE if bias_E is None else scores_TE + bias_E
+
+    def _gate(self, block: int) -> DsMoeRouter:
+        parent = self._parents[block]
         assert isinstance(parent, DsMoeBlock) and parent.gate is not None
-        return parent.gate.scores(x_TD)
+        return parent.gate
 
     def choice(self, block: int, x_TD: Tensor) -> Sequence[int]:
         """Return the experts that the block after `block` will choose, most wanted first."""
-        scores_TE = self.scores(block, 1, x_TD)
-        if scores_TE is None:
+        if block + 1 >= len(self._parents):
             return ()
-        return most_wanted(scores_TE, Rule.parse(self._model.config.inference_rule))
+        gate, rule = self._gate(block + 1), Rule.parse(self._model.config.inference_rule)
+        return most_wanted(gate.scores(x_TD), rule, gate.e_score_correction_bias)
 
 
-def most_wanted(scores_TE: Tensor, rule: Rule) -> Sequence[int]:
-    """Return the experts that a rule chooses for scores, those of the largest weights first."""
-    routing = route(scores_TE, rule, None)
+def most_wanted(scores_TE: Tensor, rule: Rule, bias_E: Tensor | None) -> Sequence[int]:
+    """Return the experts that a rule chooses for scores, those of the largest weights first.
+
+    Args:
+        scores_TE: A router's.
+        rule: The rule.
+        bias_E: What the router adds to them for its choice; None for nothing.
+    """
+    routing = route(scores_TE, rule, None, bias_E)
     num_experts = scores_TE.shape[1]
     weight_E = scores_TE.new_zeros(num_experts + 1)  # the last entry is padding
     weight_E.scatter_add_(0, routing.ids_TK.flatten(), routing.weights_TK.flatten())

@@ -69,25 +69,33 @@ class KnownChoices:
         logits_BE = logits_of_last(cache, block, self._blocks)
         if logits_BE is None or not self._sees_embedding:
             return logits_BE
+        assert self._embedding_BD is not None
+        return logits_BE + self._router(block).logits_of_embedding(self._embedding_BD)
+
+    def _router(self, block: int) -> DsMoeRouter:
         router = self._model.get_submodule(f"model.layers.{block}.mlp.gate")
-        assert isinstance(router, DsMoeRouter) and self._embedding_BD is not None
-        return logits_BE + router.logits_of_embedding(self._embedding_BD)
+        assert isinstance(router, DsMoeRouter)
+        return router
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor | None:
-        """Return the scores of a later block's experts [T, E]; see `Predictor`."""
+        """Return scores whose largest a later block chooses [T, E]; see `Predictor`."""
         if block + ahead >= self._blocks:
             return None
         logits_BE = self.logits(block + ahead)
         if logits_BE is None or len(logits_BE) != len(x_TD):
             return None
-        return logits_BE.softmax(-1)
+        bias_E = self._router(block + ahead).e_score_correction_bias
+        scores_BE = logits_BE.softmax(-1)
+        return scores_BE if bias_E is None else scores_BE + bias_E
 
     def choice(self, block: int) -> Sequence[int]:
         """Return the experts that a block will choose, most wanted first; none if unknown."""
         logits_BE = self.logits(block)
         if logits_BE is None:
             return ()
-        return most_wanted(logits_BE.softmax(-1), Rule.parse(self._model.config.inference_rule))
+        rule = Rule.parse(self._model.config.inference_rule)
+        bias_E = self._router(block).e_score_correction_bias
+        return most_wanted(logits_BE.softmax(-1), rule, bias_E)
 
 
 class StepReader:

@@ -150,6 +150,7 @@ class RunState:
         try:
             if (folder / SHARDED).is_dir():
                 config = type(self.model.config).from_pretrained(folder)
+                self._check_routers(config)
                 self._load_sharded(folder / SHARDED)
             else:
                 config = self._load_whole(folder, state["optimizer"], state.get("low_rank"))
@@ -161,6 +162,13 @@ class RunState:
                 f"{error}; give the settings that it was trained with, or another folder with "
                 "out=FOLDER"
             ) from error
+
+    def _check_routers(self, saved: Any) -> None:
+        """Raise ValueError for a model with the same weights whose routers choose otherwise."""
+        for name in ("router_type", "pregated"):
+            before, now = (getattr(one, name, None) for one in (saved, self.model.config))
+            if before != now:
+                raise ValueError(f"it has {name}={before}, not {now}")
 
     def _load_sharded(self, folder: Path) -> None:
         tensors = self.sharded_tensors()
@@ -180,6 +188,7 @@ class RunState:
     ) -> Any:
         """Load the checkpoint of one process; return the model's configuration."""
         saved = type(self.model).from_pretrained(folder, dtype=torch.float32)
+        self._check_routers(saved.config)
         if changes is not None:
             load_trained(self.model, saved.state_dict(), changes)
             self.optimizer.load_state_dict(optimizer)
