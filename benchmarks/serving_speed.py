@@ -4,13 +4,15 @@
         [--policies all,on-demand,exact,bounded,virtual] [--replay TRACE.npz]
         [--rivals llama.cpp,llama.cpp-repacked,accelerate] [--gguf FILE] [--rival-python PYTHON]
         [--new-tokens 24] [--context 256] [--threads 2] [--rounds 1] [--under NAME=COMMAND]
+        [--own FILE]
 
 Policies: `all` has no budget; `on-demand` is exact with LRU eviction, the paper's baseline; the
 others are moefit's modes. POLICY@FORMAT uses a format for experts and dense weights (pack it
 first), POLICY@FORMAT+native for experts only. `--replay` replaces the routers' output by recorded
 routing (arrays experts [tokens, layers, K] and probs), so that consecutive tokens use related
 experts; without it, routing of a random model is nearly uniform. Rivals (rivals.py) cannot be
-combined with it; they decode the same tokens. `moefit export` writes `--gguf`. The page cache
+combined with it; they decode the same tokens. `moefit export` writes `--gguf`; with `--own` moefit
+serves a GGUF file too, such as the same one, and FOLDER needs a configuration only. The page cache
 of the checkpoint is dropped before each run. With `--rounds` policies and rivals take turns, and
 results are medians; `rounds` has the speeds of each. Page cache counts in a memory cgroup: run all
 in one to bound the peak, or each process in its own with `--under`, whose command is prepended to
@@ -106,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rivals", default="")
     parser.add_argument("--rival-python", default=sys.executable)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--own", type=Path)
     parser.add_argument("--under", metavar="NAME=COMMAND", action="append", default=[])
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=16)
@@ -152,7 +155,7 @@ def work(arguments: argparse.Namespace) -> rivals.Work:
         int(torch.randint(0, vocabulary(config), (1, 1), generator=generator))
         for _ in range(arguments.warm_up + arguments.new_tokens)
     ]
-    bandwidth = measure_bandwidth(arguments.folder, arguments.threads)
+    bandwidth = measure_bandwidth(arguments.own or arguments.folder, arguments.threads)
     return rivals.Work(
         folder=str(arguments.folder),
         gguf=str(arguments.gguf or ""),
@@ -168,9 +171,11 @@ def work(arguments: argparse.Namespace) -> rivals.Work:
 
 
 def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    rivals.drop_page_cache(arguments.folder.glob("*.safetensors"))
+    rivals.drop_page_cache(
+        [arguments.own] if arguments.own else arguments.folder.glob("*.safetensors")
+    )
     rivals.drop_page_cache((cache_root() / "packed").rglob("*.safetensors"))
-    bandwidth = measure_bandwidth(arguments.folder, arguments.threads)
+    bandwidth = measure_bandwidth(arguments.own or arguments.folder, arguments.threads)
     policy, _, format = name.partition("@")
     precision, _, rest = (format or "native").partition("+")
     settings = {
@@ -182,7 +187,7 @@ def one(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         **POLICIES[policy],
     }
     began = time.perf_counter()
-    with moefit.load(arguments.folder, **settings) as served:
+    with moefit.load(arguments.own or arguments.folder, **settings) as served:
         loaded = time.perf_counter() - began
         if policy == "all":
             served.set_residents(
