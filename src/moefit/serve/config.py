@@ -194,7 +194,8 @@ class LoadSettings:
         precision: Format of experts (`quant/format.py`). `native` is the checkpoint's own, `auto`
             selects one per expert within the budget.
         dense_precision: Format of dense weights except routers and vectors; they are held
-            unencoded while being encoded.
+            unencoded while being encoded. `native` keeps a quantised checkpoint's codes in linear
+            layers on CPUs, `decoded` does not.
         dtype: Of unencoded weights; None is the checkpoint's own.
         readers: Threads that read experts.
         half_life_tokens: Of expert importance.
@@ -314,6 +315,10 @@ class LoadSettings:
     def dense_format(self) -> GroupedFormat | None:
         """Return the format of dense weights; None if they are not encoded."""
         return parse_format(self.dense_precision).dense_format
+
+    def keeps_dense_codes(self) -> bool:
+        """Return whether linear layers of a quantised checkpoint stay in its own codes."""
+        return parse_format(self.dense_precision) == NATIVE
 
     def format(self, block: MoeBlock) -> Format:
         """Return the format of a block's slots: a placement's largest, or auto's smallest."""

@@ -214,7 +214,8 @@ def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> S
     encoding = partial(progress, "dense weights")
     dense = settings.dense_format()
     matrices = packed.dense.of(dense)
-    model = load_dense_weights(skeleton, blocks, device, dense, encoding, matrices)
+    held = skeleton.held_linears(device) if settings.keeps_dense_codes() else {}
+    model = load_dense_weights(skeleton, blocks, device, dense, encoding, matrices, held=held)
     return_freed_memory()
     drop_library_pages()
     return ServedParts(

@@ -11,7 +11,7 @@ from moefit.errors import BudgetTooSmallError
 from moefit.quant.encode import encode
 from moefit.serve.hf import quant_linear
 from moefit.serve.hf.dense_groups import DenseGroups
-from moefit.serve.hf.quant_linear import GroupedEmbedding, GroupedLinear, decoded_bytes
+from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear, decoded_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
@@ -38,7 +38,7 @@ def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) ->
     ids = torch.randint(1, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(0))
     with moefit.load(folder, dense_precision="int8") as served, torch.inference_mode():
         kinds = {type(module) for module in served.model.modules()}
-        assert {GroupedLinear, GroupedEmbedding} <= kinds
+        assert {EncodedLinear, GroupedEmbedding} <= kinds
         prompt = served.model(ids).logits
         one = served.model(ids[:1, :1]).logits
         expected = dequantized(model, 8)
@@ -64,7 +64,7 @@ def test_large_matrix_is_decoded_in_parts_without_kernels(rows_at_once: int, mon
     monkeypatch.setattr(quant_linear, "backend", lambda device: None)
     generator = torch.Generator().manual_seed(0)
     matrix = encode(torch.randn(199, 100, generator=generator), 4)
-    layer = GroupedLinear(matrix, torch.randn(199, generator=generator), torch.float32)
+    layer = EncodedLinear(matrix, torch.randn(199, generator=generator), torch.float32)
     x_BTI = torch.randn(2, 20, 100, generator=generator)
     whole_BTO = layer(x_BTI)
     monkeypatch.setattr(quant_linear, "_MAX_DECODED_BYTES", rows_at_once * 100 * 4)
@@ -80,7 +80,7 @@ def test_large_matrix_is_decoded_in_parts_without_kernels(rows_at_once: int, mon
 
 def test_a_layer_that_has_computed_can_be_copied() -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = GroupedLinear(encode(torch.randn(50, 100, generator=generator), 4), None, torch.float32)
+    layer = EncodedLinear(encode(torch.randn(50, 100, generator=generator), 4), None, torch.float32)
     x_TI = torch.randn(3, 100, generator=generator)
     wanted_TO = layer(x_TI)
     other = copy.deepcopy(layer)

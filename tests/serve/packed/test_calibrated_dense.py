@@ -19,7 +19,7 @@ from moefit.quant.grouped_int import GroupedMatrix
 from moefit.quant.moments import moments_of
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf import quant_linear
-from moefit.serve.hf.quant_linear import GroupedEmbedding, GroupedLinear, quantizable_modules
+from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear, quantizable_modules
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
 from moefit.serve.packed import calibrate, dense_inputs
@@ -140,7 +140,7 @@ def test_matrices_are_calibrated_by_their_inputs(tmp_path: Path, tied: bool) -> 
             x_TC, wanted = inputs.read(file), GroupedMatrix.empty(*weight_RC.shape, 2)
             encode_gptq(wanted, weight_RC, moments_of(x_TC, torch.ones(len(x_TC))))
             found = served.model.get_submodule(name)
-            assert isinstance(found, GroupedLinear)
+            assert isinstance(found, EncodedLinear)
             assert torch.equal(found.matrix.codes_RB, wanted.codes_RB)
             assert torch.equal(found.matrix.meta_RMG, wanted.meta_RMG)
         embedding, weight_RC = (

@@ -16,7 +16,7 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.quant.format import GroupedFormat
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf import quant_linear
-from moefit.serve.hf.quant_linear import GroupedEmbedding, GroupedLinear
+from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
 from moefit.serve.memory.budget import MemoryBudget
@@ -45,7 +45,7 @@ def encoded_tensors(folder: Path, **settings: Any) -> tuple[str, dict[str, torch
         found = {
             f"{name}.{own}": buffer.clone()
             for name, module in served.model.named_modules()
-            if isinstance(module, GroupedLinear | GroupedEmbedding)
+            if isinstance(module, EncodedLinear | GroupedEmbedding)
             for own, buffer in module.named_buffers()
         }
         return served.report()["dense_from"], found

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from moefit.graphs import outside_of_graphs
 from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, kernels
 from moefit.quant.layers.shared_expert import Linear
-from moefit.serve.hf.quant_linear import GroupedLinear
+from moefit.serve.hf.quant_linear import EncodedLinear
 
 _CONVERSIONS = {Tensor.float, Tensor.to, Tensor.type, Tensor.detach}
 """Functions of a weight whose results are weights, such as a router's `weight.float()`."""
@@ -124,7 +124,7 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def linear_of(module: nn.Module) -> Linear | None:
     """Return a linear layer that kernels compute, or None for another module."""
-    if isinstance(module, GroupedLinear):
+    if isinstance(module, EncodedLinear):
         return Linear(weight=module.kernel_matrix, bias_O=module.float_bias)
     if type(module) is nn.Linear and isinstance(weight := module.weight, KernelWeight):
         bias = None if module.bias is None else module.bias.detach().float().contiguous()
@@ -134,7 +134,7 @@ def linear_of(module: nn.Module) -> Linear | None:
 
 def addresses_of(module: nn.Module) -> list[int]:
     """Return the addresses of a module's weights: others if they are replaced or moved."""
-    if isinstance(module, GroupedLinear):
+    if isinstance(module, EncodedLinear):
         return [id(module.kernel_matrix)]
     return [one.data_ptr() for one in module._parameters.values() if one is not None]
 

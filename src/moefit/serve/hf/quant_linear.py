@@ -1,5 +1,6 @@
 """Quantise dense weights: attention, shared experts, embeddings and the output head.
 
+`EncodedLinear` computes from any codes, those of a checkpoint too (`held_linear.py`).
 `quantize_dense_weights` replaces a model's `nn.Linear` and `nn.Embedding` modules by modules that
 compute from grouped integers. Routers keep their precision, because an error in a router changes
 which experts are chosen. Byte counts for the budget estimate are computed from shapes alone.
@@ -8,6 +9,7 @@ Shapes: T tokens, D model width, I input features, O output features, R rows of 
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -28,8 +30,10 @@ from moefit.quant.grouped_int import (
     meta_bytes,
     meta_per_group,
 )
+from moefit.quant.scaled.held import HeldMatrix
 from moefit.serve.cache.slot import host_bytes
 
+CodedMatrix = GroupedMatrix | HeldMatrix
 _MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
 _ALIGNMENT = 64  # bytes: a cache line
 _MAX_DECODED_BYTES = 16 << 20  # decoded at a time; the output head has as many rows as tokens
@@ -48,13 +52,14 @@ class EncodedMatrices(Protocol):
         ...
 
 
-class GroupedLinear(nn.Module):
-    """Linear layer y = x W^T + b with W in grouped integers."""
+class EncodedLinear(nn.Module):
+    """Linear layer y = x W^T + b with W in codes: grouped integers, or those of a checkpoint."""
 
-    def __init__(self, matrix: GroupedMatrix, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, matrix: CodedMatrix, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features, self.dtype = matrix.cols, matrix.rows, dtype
-        self._bits = matrix.bits
+        nothing = matrix.codes_RB.new_empty(0)
+        self._form = replace(matrix, codes_RB=nothing, meta_RMG=nothing)  # but its memory
         self._kernel_matrix: KernelMatrix | None = None
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
@@ -62,11 +67,10 @@ class GroupedLinear(nn.Module):
         self.float_bias: Tensor | None = None if bias is None else bias.float()
 
     @property
-    def matrix(self) -> GroupedMatrix:
+    def matrix(self) -> CodedMatrix:
         """Return W."""
-        return GroupedMatrix(
-            self._bits, self.in_features, self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
-        )
+        codes_RB, meta_RMG = self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
+        return replace(self._form, codes_RB=codes_RB, meta_RMG=meta_RMG)
 
     @property
     def kernel_matrix(self) -> KernelMatrix:
@@ -328,7 +332,7 @@ def _quantized_module(module: nn.Module, matrix: GroupedMatrix, dtype: torch.dty
     if isinstance(module, nn.Embedding):
         return GroupedEmbedding(matrix, module.padding_idx, dtype)
     assert isinstance(module, nn.Linear)
-    return GroupedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
+    return EncodedLinear(matrix, None if module.bias is None else module.bias.detach(), dtype)
 
 
 def max_decoded_rows(cols: int, itemsize: int) -> int:

@@ -49,6 +49,7 @@ from moefit.moe.families import MoeBlock
 from moefit.moe.layouts import find_blocks
 from moefit.quant.format import GroupedFormat
 from moefit.serve.hf.dense_groups import DenseGroups, dense_groups
+from moefit.serve.hf.held_linear import HeldLinear, HeldLoader, held_linears
 from moefit.serve.hf.mtp import make_last_layer_mtp, one_layer_more
 from moefit.serve.hf.quant_linear import DenseEncoder, EncodedMatrices, release_weights
 from moefit.serve.hf.ties import untie_different
@@ -116,6 +117,11 @@ class Skeleton:
             number, size = groups.get(group, (0, 0))
             groups[group] = number + 1, size + self.checkpoint.weights[name].nbytes
         return groups
+
+    def held_linears(self, device: torch.device) -> dict[str, HeldLinear]:
+        """Return the linear layers that can stay in the checkpoint's codes, by name."""
+        dense = self.map.dense_weights
+        return held_linears(self.model, dense, self.blocks, self.dtype, device)
 
     def stored(self) -> StoredFormats:
         """Return how the checkpoint stores the weights."""
@@ -302,6 +308,8 @@ def load_dense_weights(
     format: GroupedFormat | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     packed: EncodedMatrices | None = None,
+    *,
+    held: Mapping[str, HeldLinear] | None = None,
 ) -> PreTrainedModel:
     """Replace the experts by served ones and load all other weights.
 
@@ -312,6 +320,7 @@ def load_dense_weights(
         format: Encode matrices in this format, in groups that are loaded one after the other.
         progress: Callback with the number of matrices encoded and of all.
         packed: Matrices in that format, which are read instead of being encoded.
+        held: Without a format, the linear layers that stay in the checkpoint's codes.
 
     Returns:
         The model in eval mode.
@@ -322,7 +331,10 @@ def load_dense_weights(
     model, blocks = skeleton.model, skeleton.blocks
     if format is None:
         _replace_experts(skeleton, experts)
-        _load_in_groups(skeleton, device, DenseGroups((), 0), lambda names: None)
+        loader = HeldLoader(model, held or {}, skeleton.checkpoint)
+        groups = loader.groups(skeleton.map.dense_weights)
+        _load_in_groups(skeleton, device, groups, loader.read)
+        loader.place()
         return model.eval()
     groups = _groups_of(skeleton, () if packed is None else packed.names)
     _replace_experts(skeleton, experts)

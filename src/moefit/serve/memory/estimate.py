@@ -44,6 +44,7 @@ from moefit.serve.hf.attention import attention_by_kernels
 from moefit.serve.hf.dense_groups import dense_groups
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
 from moefit.serve.hf.mtp import MTP_TOKENS
+from moefit.serve.hf.held_linear import HeldLinear, reading_bytes, saved_by_holding
 from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
@@ -187,10 +188,11 @@ def encoding_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedSto
     """Return the bytes of dense weights while they are being encoded; 0 if they are not.
 
     These are all encoded ones, and the largest group that is loaded before it is encoded, or what
-    packed ones are read through.
+    packed ones, or codes of the checkpoint, are read through.
     """
     if (format := settings.dense_format()) is None:
-        return 0
+        linears = _held(skeleton, settings)
+        return _dense_bytes(skeleton, settings) + reading_bytes(linears) if linears else 0
     encoded = packed.dense.of(format).names
     groups = dense_groups(
         skeleton.model, skeleton.map.dense_weights, skeleton.blocks, skeleton.dtype, encoded
@@ -384,8 +386,15 @@ def _dense_bytes(skeleton: Skeleton, settings: LoadSettings) -> int:
     """Return the bytes of dense weights in the format that they are held in."""
     own = weight_bytes(skeleton.map.dense_weights.values(), skeleton.dtype)
     if (dense := settings.dense_format()) is None:
-        return own
+        return own - saved_by_holding(_held(skeleton, settings), skeleton.dtype.itemsize)
     return own - saved_bytes(skeleton.model, dense, skeleton.blocks, skeleton.dtype.itemsize)
+
+
+def _held(skeleton: Skeleton, settings: LoadSettings) -> dict[str, HeldLinear]:
+    """Return the linear layers that stay in the checkpoint's codes."""
+    if not settings.keeps_dense_codes():
+        return {}
+    return skeleton.held_linears(planned_device(settings.device))
 
 
 def _staging_bytes(skeleton: Skeleton, settings: LoadSettings, packed: PackedStore) -> int:
