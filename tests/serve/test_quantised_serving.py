@@ -99,7 +99,8 @@ def test_packed_experts_are_those_of_the_plain_model(
     for folder in written(tmp_path, kind, torch.bfloat16):
         packed = pack(build_skeleton(folder), [parse_format("int4-nearest")])
         assert packed.files > 0
-        with moefit.load(folder, precision="int4-nearest", mode="exact", context=64) as served:
+        how = {"precision": "int4-nearest", "dense_precision": "decoded"}
+        with moefit.load(folder, mode="exact", context=64, **how) as served:
             assert "packed" in served.report()["experts_from"]
             found.append(logits(served.model, ids))
     assert torch.equal(*found)

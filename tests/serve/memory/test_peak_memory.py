@@ -15,6 +15,7 @@ CONTEXT = 192
 
 SERVE = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
 torch.set_num_threads(1)
 from moefit.host import peak_process_bytes
@@ -27,20 +28,21 @@ folder, share, mode, context = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3
 first = ledger(build(folder), LoadSettings(context=context))
 slack = 4 << 20  # by which the process may have grown when loading measures it again
 memory = first.min_bytes + slack + int(share * (first.all_resident_bytes - first.min_bytes))
+expected = min(replace(first, total=memory).slots())  # importing may take more than one slot does
 served = load(folder, LoadSettings(memory=memory, context=context, mode=mode))
 slots = min(served.report()["slots"].values())
 ids = torch.arange(3, 3 + context // 2)[None] % 200
 for _ in range(2):
     served.generate(ids, max_new_tokens=16, do_sample=False)
 served.check()
-print(memory, peak_process_bytes(), slots, first.all_resident_bytes)
+print(memory, peak_process_bytes(), slots, expected, first.all_resident_bytes)
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """16 experts of 1.5 MiB in each of 4 layers: 96 MiB of experts."""
-    model = tiny("Olmoe", hidden_size=256, intermediate_size=512, num_experts=16,
+    """16 experts of 3 MiB in each of 4 layers: 192 MiB of experts."""
+    model = tiny("Olmoe", hidden_size=256, intermediate_size=1024, num_experts=16,
                  num_hidden_layers=4, vocab_size=256, max_position_embeddings=512)  # fmt: skip
     return saved(model, tmp_path_factory.mktemp("peak"), max_shard_size="40MB")
 
@@ -59,8 +61,8 @@ def test_peak_stays_below_budget(folder: Path, share: float, mode: str) -> None:
         [sys.executable, "-c", SERVE, str(folder), str(share), mode, str(CONTEXT)],
         check=True, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    memory, peak, slots, everything = (int(word) for word in done.stdout.split())
-    assert abs(slots - max(1, 16 * share)) <= 2
+    memory, peak, slots, expected, everything = (int(word) for word in done.stdout.split())
+    assert abs(slots - expected) <= 2 and slots >= 16 * share - 2
     assert peak <= memory
     # Of what is reserved for torch's first use, this small model needs a third: were experts held
     # beyond the budget, the rest of it would hide them. For kernels little is reserved.

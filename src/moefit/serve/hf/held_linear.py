@@ -79,7 +79,8 @@ def held_linears(
         dtype: That the model computes in.
         device: That it computes on.
     """
-    if device.type != "cpu" or dtype.itemsize != 2 or kernels() is None:
+    is_quantised = any(isinstance(one, EncodedTensor) for one in dense_weights.values())
+    if not is_quantised or device.type != "cpu" or dtype.itemsize != 2 or kernels() is None:
         return {}
     direct = direct_sources(model, dense_weights)
     tied = {one for pair in model.all_tied_weights_keys.items() for one in pair}
