@@ -139,7 +139,12 @@ def test_cpu_has_no_host_cache(folders) -> None:
 def test_misses_computed_in_host_memory_equal_the_model(
     folders, monkeypatch, family: str, precision: str
 ) -> None:
-    """On a stand-in both sides have the same kernels, so tokens and logits are the same bits."""
+    """On a stand-in both sides have the same kernels, so tokens and logits are the same bits.
+
+    gpt-oss's are not on every processor: torch computes its activation, and its experts in the
+    model's dtype, with roundings that depend on how many tokens an expert has.
+    """
+    rounding = 1e-5 if family == "GptOss" else 0.0
     with load_model(folders(family), LoadSettings(context=64, precision=precision)) as served:
         expected, made = logits(served.model, tokens(2, 7)), generated(served)
     how = {"slots": 2, "places": 100, "precision": precision}
@@ -148,7 +153,8 @@ def test_misses_computed_in_host_memory_equal_the_model(
         for rule in ("compute-all", "balanced", "auto"):
             served.start_host_side(rule)
             assert served.report()["hybrid"]["obstacle"] == ""
-            assert torch.equal(logits(served.model, tokens(2, 7)), expected)
+            found = logits(served.model, tokens(2, 7))
+            assert torch.allclose(found, expected, rtol=rounding, atol=rounding)
             assert generated(served) == made
             served.check()
             if rule == "compute-all":

@@ -29,7 +29,7 @@ from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import AUTO_PRECISION, LoadSettings, Placement, Policy
 from moefit.serve.hf.generation_config import use_generation_config
 from moefit.serve.hf.kv_cache import check_int8_cache
-from moefit.serve.hf.skeleton import Skeleton, build_skeleton, load_dense_weights
+from moefit.serve.hf.skeleton import DenseForm, Skeleton, build_skeleton, load_dense_weights
 from moefit.serve.io.device_copy import CpuCopies, CudaCopies
 from moefit.serve.io.loads import Transfer
 from moefit.serve.io.reader import ExpertStore
@@ -211,11 +211,11 @@ def _load_parts(estimated: _Estimated, undo: ExitStack, progress: Progress) -> S
     for index, experts in enumerate(blocks.values()):
         experts.depth, experts.index = (index + 0.5) / len(blocks), index
     _set_resident_order(skeleton, blocks)
-    encoding = partial(progress, "dense weights")
     dense = settings.dense_format()
-    matrices = packed.dense.of(dense)
     held = skeleton.held_linears(device) if settings.keeps_dense_codes() else {}
-    model = load_dense_weights(skeleton, blocks, device, dense, encoding, matrices, held=held)
+    form = DenseForm(dense, packed.dense.of(dense), held)
+    encoding = partial(progress, "dense weights")
+    model = load_dense_weights(skeleton, blocks, device, form, encoding)
     return_freed_memory()
     drop_library_pages()
     return ServedParts(

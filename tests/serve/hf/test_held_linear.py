@@ -1,4 +1,4 @@
-"""Linear layers in a quantised checkpoint's own codes: values, models, budgets, what is not held."""
+"""Linear layers in a quantised checkpoint's own codes: values, models, budgets, exceptions."""
 
 from math import prod
 from pathlib import Path

@@ -11,7 +11,7 @@ from moefit.errors import BudgetTooSmallError
 from moefit.quant.encode import encode
 from moefit.serve.hf import quant_linear
 from moefit.serve.hf.dense_groups import DenseGroups
-from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear, decoded_bytes
+from moefit.serve.hf.quant_linear import EncodedLinear, GroupedEmbedding, decoded_bytes
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")

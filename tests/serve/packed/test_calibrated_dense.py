@@ -19,7 +19,7 @@ from moefit.quant.grouped_int import GroupedMatrix
 from moefit.quant.moments import moments_of
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf import quant_linear
-from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear, quantizable_modules
+from moefit.serve.hf.quant_linear import EncodedLinear, GroupedEmbedding, quantizable_modules
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
 from moefit.serve.packed import calibrate, dense_inputs

@@ -16,7 +16,7 @@ from moefit.errors import CheckpointError, ConfigError
 from moefit.quant.format import GroupedFormat
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf import quant_linear
-from moefit.serve.hf.quant_linear import GroupedEmbedding, EncodedLinear
+from moefit.serve.hf.quant_linear import EncodedLinear, GroupedEmbedding
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.load import load_model
 from moefit.serve.memory.budget import MemoryBudget

@@ -129,9 +129,7 @@ class HeldLoader:
         checkpoint: Its files.
     """
 
-    def __init__(
-        self, model: nn.Module, linears: Mapping[str, HeldLinear], checkpoint: Checkpoint
-    ):
+    def __init__(self, model: nn.Module, linears: Mapping[str, HeldLinear], checkpoint: Checkpoint):
         self._model, self._linears, self._checkpoint = model, linears, checkpoint
         self._made: dict[str, EncodedLinear] = {}
         total = sum(one.nbytes for one in linears.values())

@@ -301,15 +301,27 @@ def _index_names(folder: Path) -> list[str]:
         return []  # reading the shards raises an error with the reason
 
 
+@dataclass(frozen=True, slots=True)
+class DenseForm:
+    """How dense weights are held.
+
+    Args:
+        format: Encode matrices in this format, in groups that are loaded one after the other.
+        packed: Matrices in that format, which are read instead of being encoded.
+        held: Without a format, the linear layers that stay in the checkpoint's codes.
+    """
+
+    format: GroupedFormat | None = None
+    packed: EncodedMatrices | None = None
+    held: Mapping[str, HeldLinear] = field(default_factory=dict)
+
+
 def load_dense_weights(
     skeleton: Skeleton,
     experts: Mapping[str, nn.Module],
     device: torch.device,
-    format: GroupedFormat | None = None,
+    form: DenseForm,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    packed: EncodedMatrices | None = None,
-    *,
-    held: Mapping[str, HeldLinear] | None = None,
 ) -> PreTrainedModel:
     """Replace the experts by served ones and load all other weights.
 
@@ -317,28 +329,27 @@ def load_dense_weights(
         skeleton: The model.
         experts: The served experts modules by block name.
         device: The device to load onto.
-        format: Encode matrices in this format, in groups that are loaded one after the other.
+        form: How they are held.
         progress: Callback with the number of matrices encoded and of all.
-        packed: Matrices in that format, which are read instead of being encoded.
-        held: Without a format, the linear layers that stay in the checkpoint's codes.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        CheckpointError: Weights are missing or have another shape, or a packed matrix is damaged.
+        CheckpointError: Weights are missing or have another shape, or a packed or held matrix is
+            damaged.
     """
-    model, blocks = skeleton.model, skeleton.blocks
-    if format is None:
+    model, blocks, packed = skeleton.model, skeleton.blocks, form.packed
+    if form.format is None:
         _replace_experts(skeleton, experts)
-        loader = HeldLoader(model, held or {}, skeleton.checkpoint)
+        loader = HeldLoader(model, form.held, skeleton.checkpoint)
         groups = loader.groups(skeleton.map.dense_weights)
         _load_in_groups(skeleton, device, groups, loader.read)
         loader.place()
         return model.eval()
     groups = _groups_of(skeleton, () if packed is None else packed.names)
     _replace_experts(skeleton, experts)
-    encoder = DenseEncoder(model, format, blocks, device, progress, packed)
+    encoder = DenseEncoder(model, form.format, blocks, device, progress, packed)
     _load_in_groups(skeleton, device, groups, encoder.encode)
     encoder.encode()
     encoder.place()

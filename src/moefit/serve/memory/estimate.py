@@ -42,9 +42,9 @@ from moefit.serve.config import (
 )
 from moefit.serve.hf.attention import attention_by_kernels
 from moefit.serve.hf.dense_groups import dense_groups
+from moefit.serve.hf.held_linear import HeldLinear, reading_bytes, saved_by_holding
 from moefit.serve.hf.kv_cache import int8_obstacle, refuse_int8
 from moefit.serve.hf.mtp import MTP_TOKENS
-from moefit.serve.hf.held_linear import HeldLinear, reading_bytes, saved_by_holding
 from moefit.serve.hf.quant_linear import decoded_bytes, saved_bytes
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.loads import BACKGROUND_READERS
