@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import set_biases, tiny_model, tokens
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from moefit.dsmoe.model import register
+from moefit.dsmoe.model import DsMoeForCausalLM, register
 from moefit.dsmoe.remote_code import CODE, export_standalone
 from moefit.dsmoe.standalone import modeling_dsmoe
 from moefit.errors import CheckpointError, UnsupportedModelError
@@ -133,6 +134,22 @@ def test_moefit_reads_the_folder_without_running_its_code(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoConfig"] == "modeling_dsmoe.DsMoeConfig"
     assert config["dtype"] == "bfloat16"
+
+
+def test_biases_of_choices_are_written_in_float32(tmp_path):
+    """Rounded to 16 bits they would choose other experts, and readers keep them in float32."""
+    model = tiny_model(**MODELS["biased"])
+    set_biases(model)
+    expected = [layer.mlp.gate.e_score_correction_bias.clone() for layer in model.model.layers]
+    folder = export_standalone(model, tmp_path / "half", dtype=torch.bfloat16)
+    again = DsMoeForCausalLM.from_pretrained(folder, dtype="auto")
+    assert again.dtype == torch.bfloat16
+    export_standalone(again, tmp_path / "again")
+    for one in (folder, tmp_path / "again"):
+        found = load_file(one / "model.safetensors")
+        for number, bias_E in enumerate(expected):
+            name = f"model.layers.{number}.mlp.gate.e_score_correction_bias"
+            assert torch.equal(found[name], bias_E)
 
 
 def test_refused(tmp_path, monkeypatch):

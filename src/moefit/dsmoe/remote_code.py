@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moefit.checkpoint.config import CONFIG
 from moefit.checkpoint.model_folder import save_tokenizer
+from moefit.dsmoe.block import DsMoeRouter
 from moefit.dsmoe.config import DsMoeConfig
 from moefit.dsmoe.model import DsMoeForCausalLM
 from moefit.dsmoe.standalone import modeling_dsmoe
@@ -61,12 +62,23 @@ def export_standalone(
             f"{out_dir} exists and is not an empty folder; give a new one, or remove it first"
         )
     with atomic_folder(out_dir) as partial:
-        model.to(dtype or model.dtype).save_pretrained(partial)  # pyright: ignore[reportArgumentType]
+        if dtype is not None:
+            _convert(model, dtype)
+        model.save_pretrained(partial)
         if tokenizer is not None:
             save_tokenizer(tokenizer, partial)
         add_code(partial)
         _check_written(partial, model)
     return out_dir
+
+
+def _convert(model: DsMoeForCausalLM, dtype: torch.dtype) -> None:
+    """Convert weights in place; biases of choices stay in float32, as all readers have them."""
+    routers = [one for one in model.modules() if isinstance(one, DsMoeRouter)]
+    biases = [one.e_score_correction_bias for one in routers]
+    model.to(dtype)  # pyright: ignore[reportArgumentType]
+    for router, bias_E in zip(routers, biases, strict=True):
+        router.e_score_correction_bias = bias_E
 
 
 def add_code(folder: Path) -> None:
