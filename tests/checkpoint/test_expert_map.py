@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_served import FAMILIES, Disk, reading_through, saved, tiny
 
-from moefit.checkpoint.expert_map import CheckpointMap, map_checkpoint
+from moefit.checkpoint.expert_map import CheckpointMap, _last_layers, map_checkpoint
 from moefit.checkpoint.safetensors import SINGLE, Span
 from moefit.checkpoint.sources import ByteRange, CompositeSource, Conversion, ExpertSource
 from moefit.errors import CheckpointError
@@ -142,3 +142,12 @@ def test_unused_layers_are_skipped(tmp_path: Path, layer: str) -> None:
         memory_budget(after, LoadSettings()).weights
         == memory_budget(before, LoadSettings()).weights
     )
+
+
+def test_last_layers_of_as_many_names_as_large_models_have() -> None:
+    """Pass over them once: with a pass for each, this takes an hour."""
+    layers = [("model.layers", n % 61, f"mlp.experts.{n}.w1.weight") for n in range(200_000)]
+    assert _last_layers([*layers, ("encoder.h", 3, "norm.weight")]) == {
+        "model.layers": 60,
+        "encoder.h": 3,
+    }

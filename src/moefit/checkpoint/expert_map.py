@@ -286,7 +286,7 @@ class _Names:
         loaded = checkpoint.weights.keys() - set(unused)
         layers = {layer for name in loaded if (layer := _layer(name)) is not None}
         suffixes = {suffix for _, _, suffix in layers}
-        last = {before: max(n for one, n, _ in layers if one == before) for before, _, _ in layers}
+        last = _last_layers(layers)
         num_mtp_layers = getattr(config, "num_nextn_predict_layers", None) or 0
         found = [(name, _layer(name)) for name in unused if not self._ignores(name)]
         mtp_layers = {layer[:2] for name, layer in found if layer and _PREDICTS.search(name)}
@@ -332,6 +332,18 @@ class _Names:
 
 def _is_zero(checkpoint: Checkpoint, name: str) -> bool:
     return not bool(checkpoint.tensor(checkpoint.weights[name]).any())
+
+
+def _last_layers(layers: Iterable[tuple[str, int, str]]) -> dict[str, int]:
+    """Return the highest number after each part of a name, in one pass: models have 100,000 names.
+
+    >>> _last_layers([("model.layers", 3, "norm.weight"), ("model.layers", 11, "norm.weight")])
+    {'model.layers': 11}
+    """
+    last: dict[str, int] = {}
+    for before, number, _ in layers:
+        last[before] = max(number, last.get(before, number))
+    return last
 
 
 def _layer(name: str) -> tuple[str, int, str] | None:
