@@ -81,6 +81,7 @@ ROTARY_FORMS = [
     RotaryForm(halves=False),
     RotaryForm(halves=False, doubled=True, pairs_in=True),
     RotaryForm(halves=False, doubled=True, pairs_in=True, pairs_out=True),
+    RotaryForm(halves=False, pairs_in=True, pairs_out=True, in_turn=True),
 ]
 
 
@@ -91,11 +92,12 @@ ROTARY_FORMS = [
 @pytest.mark.parametrize("rest", [0, 5])
 def test_rotated_heads_are_torchs(level, dtype, form, width, rest) -> None:
     kernel = RotaryKernel(at(level), form)
+    angles = torch.float32 if form.in_turn else dtype
     cosines = width // 2 if form.rotated(4) == 8 else width
     queries = normal(2, 3, 5, width + rest, dtype=dtype).transpose(1, 2)  # [B, H, T, C]
     keys = normal(2, 1, 3, width + rest, seed=1, dtype=dtype)
     for batch in (2, 1):
-        cos_BTR, sin_BTR = normal(2, batch, 3, cosines, seed=2, dtype=dtype)
+        cos_BTR, sin_BTR = normal(2, batch, 3, cosines, seed=2, dtype=angles)
         made = kernel(cos_BTR, sin_BTR, queries, keys)
         assert made is not None
         for one, x in zip(made, (queries, keys), strict=True):

@@ -35,6 +35,8 @@ class AttentionStruct(Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("sinks", c_void_p),
+        ("more_width", c_int64),
+        ("more_token", c_int64),
     )
 
 
@@ -49,6 +51,7 @@ class SegmentStruct(Structure):
         ("past", c_int64),
         ("fresh", c_int64),
         ("row", c_int64),
+        ("more", c_void_p),
     )
 
 
@@ -64,12 +67,14 @@ class KeySegment:
         values_GLZ: Values, likewise.
         past: Number of keys before the first query token.
         new: Number of query tokens; their keys follow the past ones.
+        more_LR: Last elements of keys, of which all heads have the same, where they lie apart.
     """
 
     keys_GLC: Tensor
     values_GLZ: Tensor
     past: int
     new: int
+    more_LR: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +149,9 @@ def attend(
     tokens, heads, width = query_THC.shape
     first = segments[0]
     groups, _, value_width = first.values_GLZ.shape
-    assert tokens == sum(one.new for one in segments) and first.keys_GLC.shape[2] == width
+    more = (0, 0) if first.more_LR is None else (first.more_LR.shape[1], first.more_LR.stride(0))
+    assert tokens == sum(one.new for one in segments)
+    assert first.keys_GLC.shape[2] + more[0] == width
     sinks_H = None if options.sinks_H is None else options.sinks_H.float().contiguous()
     kind = NATIVE_DTYPES[query_THC.dtype]
     rounded = isinstance(first.keys_GLC, Int8Rows)
@@ -154,7 +161,7 @@ def attend(
         *query_THC.stride()[:2], *first.keys_GLC.stride()[:2], *first.values_GLZ.stride()[:2],
         _scale_stride(first.keys_GLC), _scale_stride(first.values_GLZ),
         options.window or 0, width**-0.5 if options.scale is None else options.scale,
-        options.softcap or 0.0, None if sinks_H is None else sinks_H.data_ptr(),
+        options.softcap or 0.0, None if sinks_H is None else sinks_H.data_ptr(), *more,
     )  # fmt: skip
     array, row = (SegmentStruct * len(segments))(), 0
     for number, one in enumerate(segments):
@@ -162,9 +169,10 @@ def attend(
         assert keys.shape[1] >= one.past + one.new
         assert _strides(keys) == _strides(first.keys_GLC)
         assert _strides(values) == _strides(first.values_GLZ)
+        assert one.more_LR is None or one.more_LR.stride() == (more[1], 1)
         array[number] = SegmentStruct(
             keys.data_ptr(), values.data_ptr(), _scales(keys), _scales(values),
-            one.past, one.new, row,
+            one.past, one.new, row, None if one.more_LR is None else one.more_LR.data_ptr(),
         )  # fmt: skip
         row += one.new
     out_THZ = query_THC.new_empty(tokens, heads, value_width)

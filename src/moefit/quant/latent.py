@@ -26,7 +26,9 @@ _MOST_HEADS = 16  # that attend to the latents together, so that several threads
 _MOST_TOKENS = 64  # whose queries are as wide as latents at the same time
 
 
-class _LatentHeads(Structure):
+class LatentHeadsStruct(Structure):
+    """`LatentHeads` of csrc/latent.h."""
+
     _fields_ = (
         ("matrix", MatrixStruct),
         *((name, c_int64) for name in ("heads", "keys", "values", "latent", "rotated")),
@@ -67,7 +69,7 @@ class LatentHeads:
 
     def struct(self) -> Structure:
         """Return the C structure, whose pointers are to the weight's memory."""
-        return _LatentHeads(
+        return LatentHeadsStruct(
             self.weight.matrix, self.heads, self.keys, self.values, self.latent, self.rotated
         )
 
@@ -106,8 +108,7 @@ def attend_to_latents(
         segments: Requests with T queries in total.
         options: Variant of attention, with a scale.
     """
-    share = max(n for n in range(1, _MOST_HEADS + 1) if heads.heads % n == 0)
-    cached = [_cached(one, heads.heads // share) for one in segments]
+    cached = [_cached(one, groups_of_heads(heads.heads)) for one in segments]
     struct, outputs = heads.struct(), list[Tensor]()
     for first in range(0, len(query_THC), _MOST_TOKENS):
         part_THC = query_THC[first : first + _MOST_TOKENS].contiguous()
@@ -118,14 +119,20 @@ def attend_to_latents(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def groups_of_heads(heads: int) -> int:
+    """Return the number of groups of heads, each of which attends to the latents together."""
+    return heads // max(n for n in range(1, _MOST_HEADS + 1) if heads % n == 0)
+
+
 def _cached(one: LatentSegment, groups: int) -> KeySegment:
     """Return a request's latents as keys and values, the same for each group of heads."""
     seen = one.past + one.new
-    keys_LC = torch.cat([one.latents_LC[:seen], one.rotated_LR[:seen]], dim=-1)
-    keys_GLC, values_GLC = (
-        x.as_strided((groups, *x.shape), (0, *x.stride())) for x in (keys_LC, one.latents_LC)
+    latents_LC, more_LR = one.latents_LC[:seen], one.rotated_LR[:seen]
+    shape, strides = (groups, *latents_LC.shape), (0, *latents_LC.stride())
+    latents_GLC = latents_LC.as_strided(shape, strides)
+    return KeySegment(
+        keys_GLC=latents_GLC, values_GLZ=latents_GLC, past=one.past, new=one.new, more_LR=more_LR
     )
-    return KeySegment(keys_GLC=keys_GLC, values_GLZ=values_GLC, past=one.past, new=one.new)
 
 
 def _of_queries(segments: Sequence[KeySegment], first: int, end: int) -> Iterator[KeySegment]:

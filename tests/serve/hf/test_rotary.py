@@ -19,7 +19,9 @@ HALVES = RotaryForm()
 PAIRS = RotaryForm(halves=False, doubled=True, pairs_in=True)
 PAIRS_OUT = RotaryForm(halves=False, doubled=True, pairs_in=True, pairs_out=True)
 HALF_COSINES = RotaryForm(halves=False)
+IN_TURN = RotaryForm(halves=False, pairs_in=True, pairs_out=True, in_turn=True)
 KNOWN = {
+    ("deepseek_v2", "apply_rotary_emb"): RotaryRule(tensors=2, whole=IN_TURN, half=None, part=None),
     ("olmoe", "apply_rotary_pos_emb"): RotaryRule(tensors=2, whole=HALVES, half=None, part=None),
     ("deepseek_v3", "apply_rotary_pos_emb_interleave"): RotaryRule(
         tensors=2, whole=PAIRS, half=None, part=None

@@ -33,7 +33,8 @@ struct Tile {
         return {(const char *)segment->keys + group * a.key_group * size,
                 (const char *)segment->values + group * a.value_group * size,
                 segment->key_scales ? segment->key_scales + group * a.key_scale_group : nullptr,
-                segment->value_scales ? segment->value_scales + group * a.value_scale_group : nullptr};
+                segment->value_scales ? segment->value_scales + group * a.value_scale_group : nullptr,
+                segment->more};
     }
 };
 

@@ -12,7 +12,8 @@ constexpr int64_t PART = 64;   // keys whose scores are stored at once
 constexpr int64_t ROWS = 32;   // queries of one KV head that are processed together
 
 // Strides are in elements. Widths are multiples of 16. `kind` is that of queries and outputs, `cache` that of
-// keys and values: the same, or INT8 with a scale per token and KV head.
+// keys and values: the same, or INT8 with a scale per token and KV head. The last `more_width` elements of keys may lie
+// in an array of their own, which all KV heads share.
 struct Attention {
     int64_t heads, groups, width, value_width, kind, cache;
     int64_t query_token, query_head, key_group, key_token, value_group, value_token;
@@ -20,6 +21,7 @@ struct Attention {
     int64_t window;         // keys that a query attends to, including its own; 0: all preceding ones
     float scale, softcap;   // softcap 0: none
     const float *sinks;     // null, or a score per query head without a value
+    int64_t more_width, more_token;  // 0: keys lie in one array
 };
 
 // `fresh` queries of one request in rows from `row` on; the first follows `past` keys.
@@ -27,12 +29,14 @@ struct Segment {
     const void *keys, *values;
     const float *key_scales, *value_scales;  // null unless keys and values are INT8
     int64_t past, fresh, row;
+    const void *more;  // last elements of keys, null unless Attention::more_width
 };
 
 // Keys and values of one KV head of a request.
 struct CacheHead {
     const void *keys, *values;
     const float *key_scales, *value_scales;
+    const void *more;
 };
 
 // Queries of one KV head, and the position of each.

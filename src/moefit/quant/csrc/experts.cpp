@@ -238,7 +238,7 @@ extern "C" {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 22; }
+int64_t moefit_version() { return 23; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.

@@ -8,17 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "matrix.h"
+#include "latent.h"
 #include "pool.h"
-
-extern "C" {
-
-// The rows of the matrix are, for each head, `keys` of W_K and `values` of W_V, of `latent` columns; a multiple of 16.
-struct LatentHeads {
-    Matrix matrix;
-    int64_t heads, keys, values, latent, rotated;
-};
-}
 
 namespace {
 

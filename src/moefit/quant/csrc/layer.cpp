@@ -170,7 +170,7 @@ void moefit_rotate(int64_t level, const Rotation *all, const void *cos, const vo
     for (const Heads &one : all->heads) width += one.heads * one.size;
     each_row(all->batch * all->tokens, width, [&](int64_t row) {
         int64_t b = row / all->tokens, t = row % all->tokens;
-        int64_t angle = (b * all->angle_batch + t * all->angle_token) * bytes;
+        int64_t angle = (b * all->angle_batch + t * all->angle_token) * (form.in_turn ? 4 : bytes);
         for (int n = 0; n < 2; n++) {
             const Heads &one = all->heads[n];
             for (int64_t h = 0; h < one.heads; h++) {

@@ -12,7 +12,7 @@ places of a cache.
 from collections.abc import Sequence
 from ctypes import Structure, addressof, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -118,6 +118,31 @@ class AttentionBlock:
             and (rounded or keys.dtype == values.dtype == dtype)
         )
 
+    def parts(self, dtype: torch.dtype) -> tuple[Structure, ...]:
+        """Return the norms and the linear layers as `Block` of csrc/layers/block.h has them."""
+        norms = self.before, self.after, self.of_queries, self.of_keys
+        linears = self.query, self.key, self.value, self.output
+        return (
+            *(NormStruct() if one is None else one.struct(dtype) for one in norms),
+            *(one.struct() for one in linears),
+        )
+
+    def attention(self, cache: "CacheRows", dtype: torch.dtype) -> AttentionStruct:
+        """Return the structure of attention to a cache."""
+        keys, values, kind = cache.keys_GLC, cache.values_GLZ, NATIVE_DTYPES[dtype]
+        scale = self.head_width**-0.5 if self.options.scale is None else self.options.scale
+        return AttentionStruct(
+            self.heads, self.groups, self.head_width, self.value_width,
+            kind, _INT8 if isinstance(keys, Int8Rows) else kind,
+            self.heads * self.head_width, self.head_width,
+            *keys.stride()[:2], *values.stride()[:2],
+            *(one.scales.stride(0) if isinstance(one, Int8Rows) else 0 for one in (keys, values)),
+            cache.window or 0, scale, self.options.softcap or 0.0,
+        )  # fmt: skip
+
+    def latents(self) -> None:
+        """Return nothing: heads attend to keys and values."""
+
     def supported(self, dtype: torch.dtype, cosines: int) -> bool:
         """Return whether kernels compute the block for tokens of a dtype and R cosines each."""
         width, heads, groups = self.before.width, self.heads, self.groups
@@ -143,6 +168,40 @@ class AttentionBlock:
             and rotated % 2 == 0
             and 0 < rotated <= self.head_width
         )
+
+
+class Block(Protocol):
+    """An attention block of some form: `AttentionBlock`, or `LatentBlock` of latent_block.py."""
+
+    @property
+    def rotary(self) -> RotaryForm:
+        """Return how heads are rotated."""
+        ...
+
+    @property
+    def options(self) -> AttentionOptions:
+        """Return the variant of attention."""
+        ...
+
+    def fits(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+        """Return whether a cache is one of this block."""
+        ...
+
+    def supported(self, dtype: torch.dtype, cosines: int) -> bool:
+        """Return whether kernels compute the block for tokens of a dtype and R cosines each."""
+        ...
+
+    def parts(self, dtype: torch.dtype) -> tuple[Structure, ...]:
+        """Return the norms and the linear layers as `Block` of csrc/layers/block.h has them."""
+        ...
+
+    def attention(self, cache: "CacheRows", dtype: torch.dtype) -> AttentionStruct:
+        """Return the structure of attention to a cache, without sinks."""
+        ...
+
+    def latents(self) -> Structure | None:
+        """Return what is different where heads attend to latents; None where they do not."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +271,7 @@ class _Block(Structure):
         ("rotary", RotaryStruct),
         ("angles", c_int64),
         ("attention", AttentionStruct),
+        ("latents", c_void_p),
     )
 
 
@@ -250,17 +310,13 @@ class AttentionBlockKernel:
         cosines: R.
     """
 
-    def __init__(self, kernels: Kernels, block: AttentionBlock, dtype: torch.dtype, cosines: int):
+    def __init__(self, kernels: Kernels, block: Block, dtype: torch.dtype, cosines: int):
         self._kernels, self.block, self._dtype = kernels, block, dtype  # keeps the weights' memory
         self.cosines, self._size = cosines, dtype.itemsize
         sinks_H = block.options.sinks_H
         self._sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
-        norms = [
-            NormStruct() if one is None else one.struct(dtype)
-            for one in (block.before, block.after, block.of_queries, block.of_keys)
-        ]
-        linears = [one.struct() for one in (block.query, block.key, block.value, block.output)]
-        self._parts = *norms, *linears, rotary_struct(block.rotary, dtype, cosines), cosines
+        self._parts = *block.parts(dtype), rotary_struct(block.rotary, dtype, cosines), cosines
+        self._latents = block.latents()
         self._known: dict[tuple[Any, ...], _Block] = {}  # by the layout of caches
 
     @outside_of_graphs
@@ -298,8 +354,7 @@ class AttentionBlockKernel:
     def arguments(self, cache: CacheRows) -> tuple[Structure, list[tuple[int, ...]]]:
         """Return the C structure for a cache's layout, and the segment of each request."""
         keys, values, segments, row = cache.keys_GLC, cache.values_GLZ, list[tuple[int, ...]](), 0
-        struct, attention = self._struct(cache)
-        key_size, value_size = attention.key_token, attention.value_token
+        struct, key_size, value_size = self._struct(cache), keys.stride(1), values.stride(1)
         key_at, value_at, key_scale, value_scale = keys.data_ptr(), values.data_ptr(), 0, 0
         if isinstance(keys, Int8Rows) and isinstance(values, Int8Rows):
             key_scale, value_scale = keys.scales.data_ptr(), values.scales.data_ptr()
@@ -316,24 +371,16 @@ class AttentionBlockKernel:
             row += new
         return struct, segments
 
-    def _struct(self, cache: CacheRows) -> tuple[_Block, AttentionStruct]:
+    def _struct(self, cache: CacheRows) -> _Block:
         """Return the structure for a cache's layout."""
         keys, values, window = cache.keys_GLC, cache.values_GLZ, cache.window
         key = keys.stride(), values.stride(), window, keys.dtype
         if (found := self._known.get(key)) is not None:
-            return found, found.attention
+            return found
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
-        block, kind, options = self.block, NATIVE_DTYPES[self._dtype], self.block.options
-        scale = block.head_width**-0.5 if options.scale is None else options.scale
-        attention = AttentionStruct(
-            block.heads, block.groups, block.head_width, block.value_width,
-            kind, _INT8 if isinstance(keys, Int8Rows) else kind,
-            block.heads * block.head_width, block.head_width,
-            *keys.stride()[:2], *values.stride()[:2],
-            *(one.scales.stride(0) if isinstance(one, Int8Rows) else 0 for one in (keys, values)),
-            window or 0, scale, options.softcap or 0.0,
-            None if self._sinks_H is None else self._sinks_H.data_ptr(),
-        )  # fmt: skip
-        found = self._known[key] = _Block(*self._parts, attention)
-        return found, found.attention
+        attention = self.block.attention(cache, self._dtype)
+        attention.sinks = None if self._sinks_H is None else self._sinks_H.data_ptr()
+        latents = None if self._latents is None else addressof(self._latents)
+        found = self._known[key] = _Block(*self._parts, attention, latents)
+        return found

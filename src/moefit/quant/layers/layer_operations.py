@@ -113,22 +113,27 @@ class RotaryForm:
         halves: Whether cosines and sines of the second elements are the second half of theirs, so
             that there are as many as rotated elements; else both use the first.
         doubled: Whether there are twice as many cosines and sines as are used.
+        in_turn: Whether one tensor has the cosine and the sine of each pair in turn, in float32,
+            in which products and sums are computed.
     """
 
     pairs_in: bool = False
     pairs_out: bool = False
     halves: bool = True
     doubled: bool = False
+    in_turn: bool = False
 
     def rotated(self, cosines: int) -> int:
         """Return how many elements of a head are rotated by so many cosines."""
-        return cosines if self.halves or self.doubled else 2 * cosines
+        return cosines if self.halves or self.doubled or self.in_turn else 2 * cosines
 
 
 def plain_rotate(x_BHTC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, form: RotaryForm) -> Tensor:
     """Return heads with their first elements rotated; products and sums are rounded one by one."""
     width = form.rotated(cos_BTR.shape[-1])
     half, x, rest = width // 2, x_BHTC[..., :width], x_BHTC[..., width:]
+    if form.in_turn:
+        x, cos_BTR, sin_BTR = x.float(), cos_BTR[..., 0::2], cos_BTR[..., 1::2]
     a, b = (x[..., 0::2], x[..., 1::2]) if form.pairs_in else (x[..., :half], x[..., half:])
     second = half if form.halves else 0
     cos_a, cos_b, sin_a, sin_b = (
@@ -136,7 +141,7 @@ def plain_rotate(x_BHTC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, form: RotaryF
     )
     pair = a * cos_a - b * sin_a, b * cos_b + a * sin_b
     out = torch.stack(pair, dim=-1).flatten(-2) if form.pairs_out else torch.cat(pair, dim=-1)
-    return torch.cat([out, rest], dim=-1)
+    return torch.cat([out.to(x_BHTC.dtype), rest], dim=-1)
 
 
 class _Heads(Structure):
@@ -150,7 +155,7 @@ class RotaryStruct(Structure):
     """`Rotary` of csrc/levels/rows.h."""
 
     _fields_ = tuple(
-        (name, c_int64) for name in ("width", "kind", "pairs_in", "pairs_out", "second")
+        (name, c_int64) for name in ("width", "kind", "pairs_in", "pairs_out", "second", "in_turn")
     )
 
 
@@ -158,7 +163,8 @@ def rotary_struct(form: RotaryForm, dtype: torch.dtype, cosines: int) -> RotaryS
     """Return the structure for heads of a dtype, with so many cosines per token."""
     width = form.rotated(cosines)
     second = width // 2 if form.halves else 0
-    return RotaryStruct(width, NATIVE_DTYPES[dtype], form.pairs_in, form.pairs_out, second)
+    kind = NATIVE_DTYPES[dtype]
+    return RotaryStruct(width, kind, form.pairs_in, form.pairs_out, second, form.in_turn)
 
 
 class _Rotation(Structure):
@@ -212,7 +218,7 @@ class RotaryKernel:
             y = torch.empty_like(x)
             array[number] = _Heads(x.shape[1], x.shape[3], *x.stride()[:3], *y.stride()[:3])
         return _Rotation(
-            rotary_struct(self._form, cos_BTR.dtype, cos_BTR.shape[-1]), batch, tokens,
+            rotary_struct(self._form, heads[0].dtype, cos_BTR.shape[-1]), batch, tokens,
             cos_BTR.stride(0) if cos_BTR.shape[0] > 1 else 0, cos_BTR.stride(1), array,
         )  # fmt: skip
 
@@ -227,9 +233,12 @@ def can_rotate(heads: Sequence[Tensor], cos_BTR: Tensor, sin_BTR: Tensor, form: 
         return False
     width = form.rotated(cos_BTR.shape[2])
     batch, _, tokens, _ = heads[0].shape
+    dtype = heads[0].dtype
     return (
-        all(x.is_cpu and x.dtype == cos_BTR.dtype and x.stride(-1) == 1 for x in tensors)
-        and cos_BTR.dtype in NATIVE_DTYPES
+        all(x.is_cpu and x.stride(-1) == 1 for x in tensors)
+        and all(x.dtype == dtype for x in heads)
+        and cos_BTR.dtype == sin_BTR.dtype == (torch.float32 if form.in_turn else dtype)
+        and dtype in NATIVE_DTYPES
         and (cos_BTR.shape, cos_BTR.stride()) == (sin_BTR.shape, sin_BTR.stride())
         and tuple(cos_BTR.shape[:2]) in ((batch, tokens), (1, tokens))
         and width % 2 == 0

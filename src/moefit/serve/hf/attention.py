@@ -36,9 +36,10 @@ from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import Int8Rows, floats_of, part_of
 from moefit.serve.hf.latent import LatentRows
 
-NAME, INT8_NAME = "moefit_cpu", "moefit_int8"
-LATENT_NAMES = INT8_NAME, "moefit_packed"
-"""Attention implementations that know `LatentRows`; the second is of `engine/varlen.py`."""
+NAME, INT8_NAME, RECORDED_NAME = "moefit_cpu", "moefit_int8", "moefit_recorded"
+LATENT_NAMES = INT8_NAME, "moefit_packed", RECORDED_NAME
+"""Attention implementations that know `LatentRows`: those of `engine/varlen.py` and, where they are
+recorded, of `layer/layer_probe.py` too."""
 _IGNORED_ARGUMENTS = {
     "position_ids",
     "cache_position",

@@ -91,26 +91,35 @@ class _Expansion:
 
     def __call__(self, latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
         """Return `LatentRows` and the latents, or what the family's own function returns."""
-        if not self._usable(latents):
+        if not self._usable(latents, rotated):
             return self._own(latents, rotated)
         rows = latents.as_subclass(LatentRows)
         rows.rotated, rows.heads, rows.own_expand = rotated, self._heads, self._own
         return rows, latents
 
-    def _usable(self, latents: Tensor) -> bool:
+    def heads(self) -> LatentHeads | None:
+        """Return how heads expand latents; None if that has changed since."""
         linear = self._module.kv_b_proj
+        unchanged = (
+            linear is self._linear  # others put adapters or hooks there
+            and "forward" not in vars(linear)
+            and not (linear._forward_hooks or linear._forward_pre_hooks)
+            and addresses_of(linear) == self._weights
+        )
+        return self._heads if unchanged else None
+
+    def _usable(self, latents: Tensor, rotated: Tensor) -> bool:
         return (
             kernels() is not None
             and latents.is_cpu
             and latents.dim() == 4
             and latents.shape[1] == 1
+            and rotated.dtype == latents.dtype
+            and rotated.stride(-1) == latents.stride(-1) == 1
             and self._heads.supported(latents.dtype)
             and self._config._attn_implementation in self._names
             and not torch.is_grad_enabled()
-            and linear is self._linear  # others put adapters or hooks there
-            and "forward" not in vars(linear)
-            and not (linear._forward_hooks or linear._forward_pre_hooks)
-            and addresses_of(linear) == self._weights
+            and self.heads() is not None
         )
 
 
@@ -151,6 +160,12 @@ def use_latent_kernels(
         model.config._attn_implementation = before
         undo()
     return undo
+
+
+def expansion_of(module: nn.Module) -> LatentHeads | None:
+    """Return how a module expands latents to which kernels attend; None for another module."""
+    expand = vars(module).get("expand_kv")
+    return expand.heads() if isinstance(expand, _Expansion) else None
 
 
 @torch.inference_mode()

@@ -31,6 +31,8 @@ _FORMS = (
         for doubled, pairs_in, pairs_out in product((True, False), repeat=3)
     ),
 )
+_IN_TURN = RotaryForm(pairs_in=True, pairs_out=True, halves=False, in_turn=True)
+_COMPLEX = "freqs_cis"  # what families call complex numbers in place of cosines and sines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ class RotaryRule:
 
     Attributes:
         tensors: Number of tensors that it rotates: (queries, keys, cosines, sines) or (heads,
-            cosines, sines).
+            cosines, sines), or with complex numbers in place of cosines and sines.
         whole: The form if there are as many cosines as elements of a head; None for another.
         half: The same if there are half as many.
         part: The same if there are fewer, in any number.
@@ -49,6 +51,11 @@ class RotaryRule:
     whole: RotaryForm | None
     half: RotaryForm | None
     part: RotaryForm | None
+
+    @property
+    def is_complex(self) -> bool:
+        """Return whether it is given complex numbers."""
+        return self.whole is not None and self.whole.in_turn
 
     def form(self, cosines: int, width: int) -> RotaryForm | None:
         """Return the form for a number of cosines per token and a width of heads."""
@@ -68,12 +75,13 @@ class RotaryFunction:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Return what the family's function returns."""
+        number = self._rule.tensors
         if (
-            len(arguments) == self._rule.tensors + 2
+            len(arguments) == number + (1 if self._rule.is_complex else 2)
             and named.keys() <= {"unsqueeze_dim"}
             and all(isinstance(one, Tensor) for one in arguments)
         ):
-            *heads, cos, sin = arguments
+            heads, (cos, sin) = list(arguments[:number]), _angles(*arguments[number:])
             made = self._rotated(heads, cos, sin, named.get("unsqueeze_dim", 1))
             if made is not None:
                 return tuple(made) if self._rule.tensors > 1 else made[0]
@@ -105,6 +113,14 @@ class RotaryFunction:
             return kernel(cos, sin, *heads)
         made = kernel(cos, sin, *(one.transpose(1, 2) for one in heads))
         return None if made is None else [one.transpose(1, 2) for one in made]
+
+
+def _angles(first: Tensor, sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines; of complex numbers twice both in turn."""
+    if sin is not None:
+        return first, sin
+    in_turn = torch.view_as_real(first).flatten(-2) if first.dtype == torch.complex64 else first
+    return in_turn, in_turn
 
 
 def _need_gradients(tensors: Sequence[Tensor]) -> bool:
@@ -141,21 +157,13 @@ def use_rotary_kernels(model: nn.Module, dtype: torch.dtype) -> Callable[[], Non
     return undo
 
 
-def rotary_of(module: nn.Module, cosines: int, width: int) -> RotaryForm | None:
-    """Return how a module's `forward` rotates queries and keys by kernels; None if it does not.
-
-    Args:
-        module: An attention module.
-        cosines: Number of cosines per token.
-        width: Width of heads.
-    """
-    forward = vars(module).get("forward")
-    function = getattr(forward, "__func__", None)
+def rotaries_of(module: nn.Module) -> list[RotaryFunction]:
+    """Return the functions by kernels that a module's `forward` may call."""
+    function = getattr(vars(module).get("forward"), "__func__", None)
     if not isinstance(function, FunctionType):
-        return None
+        return []
     named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    found = [one for one in named if isinstance(one, RotaryFunction)]
-    return found[0].form(cosines, width) if len(found) == 1 else None
+    return [one for one in named if isinstance(one, RotaryFunction)]
 
 
 @cache
@@ -187,10 +195,11 @@ def with_globals(forward: FunctionType, others: Mapping[str, Any]) -> FunctionTy
 
 
 def _may_rotate(function: object) -> TypeGuard[FunctionType]:
-    """Return whether something is a function of cosines and sines."""
-    return isinstance(function, FunctionType) and {"cos", "sin"} <= set(
-        inspect.signature(function).parameters
-    )
+    """Return whether something is a function of cosines and sines, or of complex numbers."""
+    if not isinstance(function, FunctionType):
+        return False
+    names = set(inspect.signature(function).parameters)
+    return {"cos", "sin"} <= names or _COMPLEX in names
 
 
 def rotary_rule(function: Callable[..., Any], dtype: torch.dtype) -> RotaryRule | None:
@@ -207,7 +216,50 @@ def rotary_rule(function: Callable[..., Any], dtype: torch.dtype) -> RotaryRule 
         if whole is not None or half is not None:
             part = half if half == third else None
             return RotaryRule(tensors=tensors, whole=whole, half=half, part=part)
+        if _rotates_by_complex_numbers(function, tensors, dtype):
+            return RotaryRule(tensors=tensors, whole=_IN_TURN, half=None, part=None)
     return None
+
+
+@torch.inference_mode()
+def _rotates_by_complex_numbers(
+    function: Callable[..., Any], tensors: int, dtype: torch.dtype
+) -> bool:
+    """Return whether a function multiplies neighbours, as one complex number, by others.
+
+    Up to rounding: torch may fuse a product with a sum.
+    """
+    generator = torch.Generator().manual_seed(0)
+    heads = _heads(generator, tensors, dtype)
+    in_turn = torch.randn(2, 5, _WIDTH, generator=generator)
+    factors = torch.view_as_complex(in_turn.view(2, 5, -1, 2))
+    found = _called(function, *(one.clone() for one in heads), factors.clone())
+    if len(found) != tensors:
+        return False
+    step = torch.finfo(dtype).eps
+    return all(
+        isinstance(one, Tensor)
+        and one.dtype == dtype
+        and one.shape == head.shape
+        and torch.allclose(one.float(), wanted.float(), rtol=step, atol=1e-6)
+        for one, head in zip(found, heads, strict=True)
+        for wanted in (plain_rotate(head, in_turn, in_turn, _IN_TURN),)
+    )
+
+
+def _heads(generator: torch.Generator, tensors: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return random queries and keys, or one of them."""
+    shapes = ((2, 3, 5, _WIDTH), (2, 1, 5, _WIDTH))[:tensors]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def _called(function: Callable[..., Any], *given: Tensor) -> list[Any]:
+    """Return what a function returns, as a list; empty if it takes other arguments."""
+    try:
+        found = function(*given)
+    except Exception:  # noqa: BLE001 - a function of other arguments
+        return []
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 @torch.inference_mode()
@@ -216,17 +268,9 @@ def _form(
 ) -> RotaryForm | None:
     """Return the form in which a function rotates heads with so many cosines, or None."""
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    heads = [normal(2, 3, 5, _WIDTH), normal(2, 1, 5, _WIDTH)][:tensors]
-    cos, sin = normal(2, 5, cosines), normal(2, 5, cosines)
-    try:
-        found = function(*(one.clone() for one in heads), cos.clone(), sin.clone())
-    except Exception:  # noqa: BLE001 - a function of other arguments
-        return None
-    made = list(found) if isinstance(found, tuple) else [found]
+    heads = _heads(generator, tensors, dtype)
+    cos, sin = (torch.randn(2, 5, cosines, generator=generator).to(dtype) for _ in range(2))
+    made = _called(function, *(one.clone() for one in heads), cos.clone(), sin.clone())
     if len(made) != tensors or not all(isinstance(one, Tensor) for one in made):
         return None
     for form in _FORMS:

@@ -23,8 +23,8 @@ from moefit.quant.attention import AttentionOptions
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.kv_int8 import part_of
 from moefit.quant.layers.attention_block import (
-    AttentionBlock,
     AttentionBlockKernel,
+    Block,
     BlockOutput,
     CacheRows,
 )
@@ -61,14 +61,19 @@ class StepArguments:
     Attributes:
         window: Of the layer's attention mask; see `window_of`. It may differ between layers.
         cache: The cache of all layers.
-        cos: Cosines of each token.
-        sin: Sines.
+        cos: Cosines of each token, or complex numbers with both.
+        sin: Sines, or the same.
     """
 
     window: int | None
     cache: Any
     cos: Tensor
     sin: Tensor
+
+    @property
+    def cosines(self) -> int:
+        """Return R; of complex numbers twice as many, as they have cosines and sines in turn."""
+        return self.cos.shape[-1] * (2 if self.cos.is_complex() else 1)
 
     def same_as(self, other: "StepArguments") -> bool:
         """Return whether these are the same objects, up to the window."""
@@ -197,7 +202,8 @@ class LayerForward:
         Adapters, for example, put modules of their own around linear layers.
         """
         modules = [one for owner in self._children for one in owner.values()]
-        return modules + [one and one.__dict__.get("forward") for one in modules]
+        forwards = [one and one.__dict__.get("forward") for one in modules]
+        return [*modules, *forwards, self.parts.attention.__dict__.get("expand_kv")]
 
     def _with_feed(self, made: BlockOutput, x: Tensor) -> Tensor:
         """Return the sum and the output of the feed-forward block that reads its norm [T, D]."""
@@ -274,12 +280,13 @@ class LayerForward:
             given: The step's arguments.
             rows: Places to use instead.
         """
-        if (kernel := self._known(given.cos.shape[-1])) is None:
+        kernel = self._known(given.cosines)
+        if kernel is None or kernel.block.rotary.in_turn != given.cos.is_complex():
             return None
         rows = rows or self._rows(given, tokens, kernel.block)
         return None if rows is None else (kernel, rows)
 
-    def _rows(self, given: StepArguments, tokens: int, block: AttentionBlock) -> CacheRows | None:
+    def _rows(self, given: StepArguments, tokens: int, block: Block) -> CacheRows | None:
         """Return where tokens belong in the cache, which is then as long as after the step."""
         window, cache = given.window, given.cache
         if window == UNKNOWN_WINDOW or self._options.window not in (None, window):
@@ -332,6 +339,8 @@ def arguments_of(x: Tensor, named: Mapping[str, Any]) -> StepArguments | None:
             and value is not False
         ):
             return None
+    if isinstance(angles, Tensor) and angles.is_complex():
+        angles = angles, angles
     if cache is None or not isinstance(angles, tuple) or len(angles) != 2:
         return None
     cos, sin = angles
@@ -350,9 +359,10 @@ def window_of(mask: Any) -> int | None:
 
 
 def _are_angles(cos: Tensor, sin: Tensor, tokens: int, dtype: torch.dtype) -> bool:
-    """Return whether cosines and sines are one consecutive row per token, in a dtype."""
+    """Return whether cosines and sines are one consecutive row per token, in a dtype or complex."""
     return (
-        cos.dtype == sin.dtype == dtype
+        cos.dtype == sin.dtype
+        and cos.dtype in (dtype, torch.complex64)
         and cos.shape == sin.shape
         and cos.numel() == tokens * cos.shape[-1]
         and cos.is_contiguous()

@@ -13,11 +13,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from moefit.quant.attention import AttentionOptions
-from moefit.quant.layers.attention_block import AttentionBlock, Norm
+from moefit.quant.layers.attention_block import AttentionBlock, Block, Norm
+from moefit.quant.layers.latent_block import LatentBlock
 from moefit.quant.layers.shared_expert import Linear
+from moefit.serve.hf.latent import expansion_of
 from moefit.serve.hf.native_linear import linear_of
 from moefit.serve.hf.norms import norm_of
-from moefit.serve.hf.rotary import rotary_of
+from moefit.serve.hf.rotary import RotaryFunction, rotaries_of
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_kernels import RouterForward
 from moefit.serve.layer.shared_modules import SharedModules, dense_mlp, shared_modules
@@ -53,6 +55,8 @@ class LayerParts:
         feed_forward: The module that reads the second norm.
         replaced: All modules that one call computes.
         index: Position of the layer in caches.
+        rotary: How heads are rotated.
+        latent: Whether heads attend to latents.
         routed: What the feed-forward block may be; None if it has no experts.
         dense: The same of a block without experts, whose MLP is that of a shared expert.
     """
@@ -61,21 +65,28 @@ class LayerParts:
     feed_forward: nn.Module
     replaced: tuple[nn.Module, ...]
     index: int
+    rotary: RotaryFunction
+    latent: bool
     routed: RoutedExperts | None
     dense: SharedModules | None
 
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
+_LATENT_LINEARS, _LATENT_NORM = ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj"), "kv_a_layernorm"
+_TWO_LINEARS, _BETWEEN = ("q_a_proj", "q_b_proj"), "q_a_layernorm"
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[nn.Module, LayerParts]]:
-    """Yield modules with the children of a layer of the common form."""
+    """Yield modules with the children of a layer of the common form.
+
+    More than once where its attention may rotate heads by one of several functions.
+    """
     for module in model.modules():
         children = dict(module.named_children())
         norms = [children.pop(name, None) for name in _NORMS]
-        attentions = [one for one in children.values() if _is_attention(one)]
+        attentions = [one for one in children.values() if _is_attention(one) or _is_latent(one)]
         if (
             "forward" in vars(module)
             or len(children) != 2
@@ -86,17 +97,20 @@ def candidates(model: nn.Module) -> Iterator[tuple[nn.Module, LayerParts]]:
         (attention,) = attentions
         (feed_forward,) = (one for one in children.values() if one is not attention)
         known = [one for one in norms if one is not None]
-        yield (
-            module,
-            LayerParts(
-                attention=attention,
-                feed_forward=feed_forward,
-                replaced=(attention, *attention.children(), *known),
-                index=cast(int, attention.layer_idx),
-                routed=_routed(feed_forward),
-                dense=dense_mlp(feed_forward),
-            ),
-        )
+        for rotary in rotaries_of(attention):
+            yield (
+                module,
+                LayerParts(
+                    attention=attention,
+                    feed_forward=feed_forward,
+                    replaced=(attention, *attention.children(), *known),
+                    index=cast(int, attention.layer_idx),
+                    rotary=rotary,
+                    latent=_is_latent(attention),
+                    routed=_routed(feed_forward),
+                    dense=dense_mlp(feed_forward),
+                ),
+            )
 
 
 def _routed(feed_forward: nn.Module) -> RoutedExperts | None:
@@ -127,9 +141,23 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
+def _is_latent(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    two = _TWO_LINEARS[0] in children
+    linears = [*_LATENT_LINEARS, *(_TWO_LINEARS if two else ("q_proj",))]
+    norms = [_LATENT_NORM, *([_BETWEEN] if two else [])]
+    return (
+        children.keys() == {*linears, *norms}
+        and all(linear_of(children[name]) is not None for name in linears)
+        and all(norm_of(children[name]) is not None for name in norms)
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and expansion_of(module) is not None
+    )
+
+
 def block_of(
     module: nn.Module, parts: LayerParts, options: AttentionOptions, cosines: int
-) -> AttentionBlock | None:
+) -> Block | None:
     """Return what a layer's attention block may compute; None if it has another form.
 
     Args:
@@ -138,12 +166,14 @@ def block_of(
         options: With which it calls attention.
         cosines: R.
     """
+    if parts.latent:
+        return _latent_block(module, parts, options, cosines)
     attention = parts.attention
     width = cast(int, attention.head_dim)
     linears = [linear_of(attention.get_submodule(name)) for name in _LINEARS]
     before, after = (_norm(module.get_submodule(name)) for name in _NORMS)
     of_queries, of_keys = (_norm(getattr(attention, name, None)) for name in _HEAD_NORMS)
-    rotary = rotary_of(attention, cosines, width)
+    rotary = parts.rotary.form(cosines, width)
     if any(one is None for one in (*linears, before, after, rotary)):
         return None
     query, key, value, output = cast(list[Linear], linears)
@@ -166,6 +196,41 @@ def block_of(
         rotary=cast(Any, rotary),
         options=options,
     )
+
+
+def _latent_block(
+    module: nn.Module, parts: LayerParts, options: AttentionOptions, cosines: int
+) -> LatentBlock | None:
+    """Return the same where heads attend to latents."""
+    attention = parts.attention
+    before, after = (_norm(module.get_submodule(name)) for name in _NORMS)
+    of_keys, of_queries = (_norm(getattr(attention, n, None)) for n in (_LATENT_NORM, _BETWEEN))
+    key, _, output = (linear_of(attention.get_submodule(name)) for name in _LATENT_LINEARS)
+    query_in, query = (_linear(getattr(attention, name, None)) for name in _TWO_LINEARS)
+    query = query or _linear(getattr(attention, "q_proj", None))
+    expansion = expansion_of(attention)
+    if expansion is None or any(one is not None for one in attention._parameters.values()):
+        return None  # a weight that is not known
+    rotary = parts.rotary.form(cosines, expansion.rotated)
+    if any(one is None for one in (before, after, of_keys, query, key, output, rotary)):
+        return None
+    return LatentBlock(
+        before=cast(Norm, before),
+        after=cast(Norm, after),
+        query_in=query_in,
+        of_queries=of_queries,
+        query=cast(Linear, query),
+        key=cast(Linear, key),
+        of_keys=cast(Norm, of_keys),
+        expansion=expansion,
+        output=cast(Linear, output),
+        rotary=cast(Any, rotary),
+        options=options,
+    )
+
+
+def _linear(module: nn.Module | None) -> Linear | None:
+    return None if module is None else linear_of(module)
 
 
 def _norm(module: nn.Module | None) -> Norm | None:

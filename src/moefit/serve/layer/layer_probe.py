@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,8 @@ from moefit.moe.routing import Routing
 from moefit.quant.attention import AttentionOptions
 from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, kernels
 from moefit.quant.kv_int8 import Int8Rows
+from moefit.serve.hf.attention import RECORDED_NAME
+from moefit.serve.hf.latent import LatentRows
 from moefit.serve.layer.decoder_layer import (
     IGNORED,
     LayerForward,
@@ -38,7 +40,6 @@ from moefit.serve.layer.shared_modules import SharedModules
 from moefit.serve.layer.step_threads import use_one_thread_of_torch
 
 _LOG = logging.getLogger(__name__)
-_NAME = "moefit_recorded"
 
 
 def use_layer_kernels(
@@ -66,12 +67,14 @@ def use_layer_kernels(
 
     if kernels() is None or dtype not in ACTIVATION_DTYPES or model.config.is_encoder_decoder:
         return undo
-    found = dict(candidates(model))
+    found = _by_module(model)
     if not found or (context is not None and context < _PROMPT + 1):
         return undo
     made: list[tuple[LayerForward, list[_Step]]] = []
-    for module, steps in _recorded(model, found, context).items():
-        if (forward := _recognised(module, found[module], steps, dtype)) is not None:
+    first = {module: parts[0] for module, parts in found.items()}
+    for module, steps in _recorded(model, first, context).items():
+        tried = (_recognised(module, parts, steps, dtype) for parts in found[module])
+        for forward in islice(filter(None, tried), 1):
             cast(Any, module).forward = forward
             changed.append(module)
             made.append((forward, steps))
@@ -81,6 +84,14 @@ def use_layer_kernels(
     if len(changed) == model.config.get_text_config(decoder=True).num_hidden_layers:
         undone.append(use_one_thread_of_torch(model))
     return undo
+
+
+def _by_module(model: nn.Module) -> dict[nn.Module, list[LayerParts]]:
+    """Return the parts that each module may have."""
+    found: dict[nn.Module, list[LayerParts]] = {}
+    for module, parts in candidates(model):
+        found.setdefault(module, []).append(parts)
+    return found
 
 
 def _recognised(
@@ -134,6 +145,7 @@ class _Step:
     feed_operations: list[str] = field(default_factory=list)
 
 
+_JOINS = "cat"
 _PROMPT, _LATER = 5, 6  # tokens before the first recorded one, and between it and the second
 
 
@@ -233,14 +245,14 @@ class _Recorder(TorchDispatchMode):
                 step.options = _options(named) if _are_cached(given[1:3], step, index) else None
             return own(module, *given, **named)
 
-        AttentionInterface.register(_NAME, recorded)
-        AttentionMaskInterface.register(_NAME, own_mask)
-        model.config._attn_implementation = _NAME
+        AttentionInterface.register(RECORDED_NAME, recorded)
+        AttentionMaskInterface.register(RECORDED_NAME, own_mask)
+        model.config._attn_implementation = RECORDED_NAME
         try:
             yield
         finally:
             model.config._attn_implementation = before
-            AttentionInterface.register(_NAME, own)  # forgets this recorder
+            AttentionInterface.register(RECORDED_NAME, own)  # forgets this recorder
 
     def _layer_hooks(self, module: nn.Module, index: int, step: _Step) -> tuple[Any, Any]:
         def begin(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -285,6 +297,8 @@ def _are_cached(given: tuple[Any, ...], step: _Step, index: int) -> bool:
     cache = next((step.named[n] for n in CACHE_NAMES if step.named.get(n) is not None), None)
     layer = cache.layers[index] if cache is not None else None
     own = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if given and isinstance(given[0], LatentRows):
+        given = given[0].as_subclass(Tensor), given[0].rotated
     return len(given) == 2 and all(
         isinstance(one, Tensor)
         and isinstance(mine, Tensor)
@@ -414,10 +428,12 @@ def _returns(
 def _agrees(forward: LayerForward, step: _Step) -> bool:
     """Return whether one call gives the bits of a recorded step.
 
-    Besides kernels, the layer may use nothing but the additions of its two residuals: what has no
-    effect on this token, such as a limit of values, may have one on others.
+    Besides kernels, the layer may use nothing but the additions of its two residuals, and join the
+    parts of queries for latents: what has no effect on this token, such as a limit of values, may
+    have one on others.
     """
-    if step.operations != ["add", "add"] or not isinstance(step.output, Tensor):
+    operations = [one for one in step.operations if one != _JOINS or not forward.parts.latent]
+    if operations != ["add", "add"] or not isinstance(step.output, Tensor):
         return False
     if step.x is None or step.before is None or step.after is None or step.feed is None:
         return False

@@ -18,16 +18,6 @@ void moefit_attention(int64_t level, const Attention *a, const Segment *segments
 
 void moefit_router(int64_t level, const Router *router, const void *x, int64_t kind, int64_t tokens, void *logits_TE,
                    void *weights_TK, int64_t *ids_TK);
-
-// Norms of queries and keys have the width of a head or of all heads; 0: there is none. `attention` has all but the
-// strides of queries, which are consecutive.
-struct Block {
-    Norm before, after, of_queries, of_keys;
-    Linear query, key, value, output;
-    Rotary rotary;
-    int64_t angles;  // elements between the cosines of two tokens
-    Attention attention;
-};
 }
 
 namespace {
@@ -93,6 +83,31 @@ void write(const Level &use, const Block &b, const Segment &to, int64_t place, c
                     values + g * a.value_width * size, a.value_width * size);
 }
 
+// What the output layer reads, where heads attend to their keys and values.
+void attend_heads(int64_t level, const Block &b, const BlockInputs &in, char *attended) {
+    const Level &use = level_of(level);
+    const Attention &a = b.attention;
+    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, tokens = in.tokens;
+    int64_t Q = a.heads * a.width, K = a.groups * a.width, V = a.groups * a.value_width;
+    Scratch scratch(tokens * size * (2 * Q + K + V) + K * size);
+    char *q = scratch.take(tokens * Q * size), *k = scratch.take(tokens * K * size), *v = scratch.take(tokens * V * size);
+    char *rotated = scratch.take(tokens * Q * size), *key = scratch.take(K * size);
+
+    Product products[3] = {{&b.query.matrix, b.query.bias, q}, {&b.key.matrix, b.key.bias, k}, {&b.value.matrix, b.value.bias, v}};
+    multiply(use, products, 3, in.normed, tokens, kind);
+    if (b.of_queries.width) moefit_norm(level, &b.of_queries, q, tokens * Q / b.of_queries.width, q);
+    if (b.of_keys.width) moefit_norm(level, &b.of_keys, k, tokens * K / b.of_keys.width, k);
+
+    for (const Segment *one = in.segments; one < in.segments + in.number; one++)
+        for (int64_t i = 0; i < one->fresh; i++) {
+            int64_t token = one->row + i, angle = token * b.angles * angle_bytes(b.rotary);
+            const char *c = in.cos + angle, *s = in.sin + angle;
+            rotate(use, b, c, s, q + token * Q * size, a.heads, rotated + token * Q * size, a.width * size);
+            write(use, b, *one, one->past + i, c, s, k + token * K * size, v + token * V * size, key);
+        }
+    moefit_attention(level, &a, in.segments, in.number, rotated, attended);
+}
+
 }  // namespace
 
 void add_values(const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
@@ -110,33 +125,16 @@ extern "C" {
 // choice: null, or the router that reads `normed`.
 void moefit_block(int64_t level, const Block *block, const Segment *segments, int64_t number, const void *x,
                   int64_t tokens, const void *cos, const void *sin, void *sum, void *normed, const Choice *choice) {
-    const Level &use = level_of(level);
     const Block &b = *block;
-    const Attention &a = b.attention;
-    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, D = b.before.width;
-    int64_t Q = a.heads * a.width, K = a.groups * a.width, V = a.groups * a.value_width, O = a.heads * a.value_width;
-    Scratch scratch(tokens * size * (2 * std::max(D, Q) + 2 * Q + 2 * K + V + O));
-    char *n = scratch.take(tokens * D * size), *q = scratch.take(tokens * Q * size), *k = scratch.take(tokens * K * size);
-    char *v = scratch.take(tokens * V * size), *rotated = scratch.take(tokens * Q * size);
-    char *key = scratch.take(K * size), *attended = scratch.take(tokens * O * size);
-
+    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, D = b.before.width, O = b.output.matrix.cols;
+    Scratch scratch(tokens * size * (D + O));
+    char *n = scratch.take(tokens * D * size), *attended = scratch.take(tokens * O * size);
     moefit_norm(level, &b.before, x, tokens, n);
-    Product products[3] = {{&b.query.matrix, b.query.bias, q}, {&b.key.matrix, b.key.bias, k}, {&b.value.matrix, b.value.bias, v}};
-    multiply(use, products, 3, n, tokens, kind);
-    if (b.of_queries.width) moefit_norm(level, &b.of_queries, q, tokens * Q / b.of_queries.width, q);
-    if (b.of_keys.width) moefit_norm(level, &b.of_keys, k, tokens * K / b.of_keys.width, k);
-
-    for (const Segment *one = segments; one < segments + number; one++)
-        for (int64_t i = 0; i < one->fresh; i++) {
-            int64_t token = one->row + i, angle = token * b.angles * size;
-            const char *c = (const char *)cos + angle, *s = (const char *)sin + angle;
-            rotate(use, b, c, s, q + token * Q * size, a.heads, rotated + token * Q * size, a.width * size);
-            write(use, b, *one, one->past + i, c, s, k + token * K * size, v + token * V * size, key);
-        }
-
-    moefit_attention(level, &a, segments, number, rotated, attended);
+    BlockInputs inputs = {segments, number, tokens, n, (const char *)cos, (const char *)sin};
+    if (b.latents) attend_latents(level, b, inputs, attended);
+    else attend_heads(level, b, inputs, attended);
     Product output = {&b.output.matrix, b.output.bias, n};
-    multiply(use, &output, 1, attended, tokens, kind);
+    multiply(level_of(level), &output, 1, attended, tokens, kind);
     add_values(x, n, tokens * D, kind, sum);
     moefit_norm(level, &b.after, sum, tokens, normed);
     if (choice)

@@ -13,10 +13,12 @@ struct Norm {
     float eps, added;     // `added` is 0 or 1
 };
 
-// Rotates pairs (a, b) of a head's first `width` elements: a cos - b sin, b cos + a sin.
+// Rotates pairs (a, b) of a head's first `width` elements: a cos - b sin, b cos + a sin. Cosines and sines are of `kind`
+// like every product, or `in_turn`: the cosine and the sine of each pair, in float32 as products and sums.
 struct Rotary {
     int64_t width, kind;
     int64_t pairs_in;   // whether a pair is two neighbours; else it is i and i + width / 2
     int64_t pairs_out;  // the same for the result
     int64_t second;     // where the cosines and sines of the second elements begin: at 0 or at width / 2
+    int64_t in_turn;
 };
