@@ -183,3 +183,18 @@ def test_damaged_weight_is_named(tmp_path: Path) -> None:
     quantised.save_file(tensors, folder / quantised.SINGLE, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"o_proj\.weight \(fp8.*not finite"):
         moefit.load(folder, context=64)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense", [None, "decoded"])
+def test_gptq_out_of_order_names_the_setting_that_reads_it(tmp_path: Path, dense) -> None:
+    folder = written(tmp_path, "gptq")[1]
+    tensors = quantised.load_file(folder / quantised.SINGLE)
+    name = next(one for one in tensors if one.endswith("q_proj.g_idx"))
+    tensors[name] = tensors[name].flip(0)
+    quantised.save_file(tensors, folder / quantised.SINGLE, {"format": "pt"})
+    if dense is None:
+        with pytest.raises(CheckpointError, match=r"q_proj.*--dense-precision decoded"):
+            moefit.load(folder, context=64)
+    else:
+        moefit.load(folder, context=64, dense_precision=dense).close()

@@ -4,14 +4,22 @@ import copy
 
 import pytest
 import torch
+from tiny_families import tiny_family, token_ids
 from tiny_served import VOCABULARY, saved, tiny
 
 import moefit
 from moefit.errors import BudgetTooSmallError
+from moefit.moe.layouts import find_blocks
 from moefit.quant.encode import encode
-from moefit.serve.hf import quant_linear
+from moefit.quant.format import parse_format
+from moefit.serve.hf import encoded_weight, quant_linear
 from moefit.serve.hf.dense_groups import DenseGroups
-from moefit.serve.hf.quant_linear import EncodedLinear, GroupedEmbedding, decoded_bytes
+from moefit.serve.hf.quant_linear import (
+    EncodedLinear,
+    GroupedEmbedding,
+    decoded_bytes,
+    quantize_dense_weights,
+)
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 199}
 FAMILIES = ("Mixtral", "Olmoe", "GptOss", "DeepseekV3")
@@ -45,6 +53,35 @@ def test_computes_with_the_decoded_weights(family: str, tied: bool, tmp_path) ->
         scale = float(expected(ids).logits.abs().max())
         torch.testing.assert_close(prompt, expected(ids).logits, rtol=0, atol=2e-3 * scale)
         torch.testing.assert_close(one, expected(ids[:1, :1]).logits, rtol=0, atol=2e-3 * scale)
+
+
+@pytest.mark.parametrize("family", ["jamba", "deepseek_v32", "hy_v4", "llama4"])
+def test_families_that_read_a_weight_themselves(family: str, monkeypatch) -> None:
+    """Jamba multiplies by one, the others ask for its dtype or device."""
+    monkeypatch.setattr(quant_linear, "_MIN_WEIGHTS", 1)
+    model = tiny_family(family).bfloat16()
+    ids = token_ids(1, 7)
+    wanted = model(ids).logits
+    quantize_dense_weights(model, parse_format("int8").dense_format, find_blocks(model))
+    assert {EncodedLinear, GroupedEmbedding} <= {type(one) for one in model.modules()}
+    assert model(ids).logits.shape == wanted.shape
+
+
+@pytest.mark.parametrize("of", ["linear", "embedding"])
+def test_weight_is_the_decoded_matrix_and_decoded_only_if_used(of: str, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = encode(torch.randn(50, 100, generator=generator), 4)
+    linear = EncodedLinear(matrix, None, torch.bfloat16)
+    layer = linear if of == "linear" else GroupedEmbedding(matrix, None, torch.bfloat16)
+    x_TI = torch.randn(3, 100, generator=generator).bfloat16()
+    wanted_RC = matrix.dense(torch.bfloat16)
+    assert torch.equal(layer.weight @ x_TI.T, wanted_RC @ x_TI.T)
+    assert torch.equal(torch.nn.functional.linear(x_TI, layer.weight.float().bfloat16()),
+                       x_TI @ wanted_RC.T)  # fmt: skip
+    monkeypatch.setattr(encoded_weight, "decoded", lambda *_: pytest.fail("decoded"))
+    weight = layer.weight
+    assert (weight.dtype, weight.shape, weight.device.type) == (torch.bfloat16, (50, 100), "cpu")
+    assert not dict(layer.named_parameters())
 
 
 def test_estimate_matches_bytes_of_dense_weights(tmp_path) -> None:

@@ -32,7 +32,8 @@ _TABLES = {bits: values_in_bytes(torch.arange(1 << bits).float()) for bits in BI
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 # The column, among eight, of each 4-bit code of an int32 of AWQ, from the lowest.
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-_UNITS_AT_ONCE = 256  # that are unpacked, which takes eight times their bytes
+_UNITS_AT_ONCE = 256  # that are unpacked, which takes many times their bytes
+_MANY_ROWS = 1 << 13  # such as those of an output head, of which fewer units are unpacked at once
 _AWQ_CODES = torch.tensor([_AWQ_COLUMNS.index(column) for column in range(8)])
 
 
@@ -191,7 +192,8 @@ class PackedColumns(HeldEncoding):
         ):
             raise CheckpointError(
                 "g_idx is not in order, but the declaration has no desc_act; give --precision "
-                "decoded, or correct quantization_config"
+                "decoded for experts and --dense-precision decoded for other weights, or correct "
+                "quantization_config"
             )
         zeros = self._zeros(parts, codes_RB.shape[0]) if "zeros" in parts else None
         return StoredCodes(
@@ -203,11 +205,14 @@ class PackedColumns(HeldEncoding):
 
     def _joined(self, packed: Tensor) -> Tensor:
         """Return AWQ's codes with two input units per byte, some units at a time."""
-        columns = []
-        for part in packed.split(_UNITS_AT_ONCE):
+        units, words = packed.shape
+        joined_RB = torch.empty(words * 32 // self.bits, units // 2, dtype=torch.uint8)
+        at_once = _UNITS_AT_ONCE if len(joined_RB) <= _MANY_ROWS else _UNITS_AT_ONCE // 4
+        parts = packed.split(at_once), joined_RB.split(at_once // 2, dim=1)
+        for part, out_RB in zip(*parts, strict=True):
             codes_CR = self._unpacked_columns(part).to(torch.uint8)
-            columns.append((codes_CR[::2] | codes_CR[1::2] << 4).T)
-        return torch.cat(columns, dim=1)
+            out_RB.copy_((codes_CR[::2] | codes_CR[1::2] << 4).T)
+        return joined_RB
 
     def _zeros(self, parts: Mapping[str, Tensor], rows: int) -> Tensor:
         """Return zero points [G, R] in float32."""

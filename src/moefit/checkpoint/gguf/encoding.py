@@ -91,7 +91,7 @@ class GgmlBlocks(HeldEncoding):
         blocks_RGB = stored.view(len(stored), -1, type.nbytes)
         bytes_RGB, scales_RGB = blocks_RGB[..., begin:], blocks_RGB[..., :begin]
         if codes != "int8":
-            bytes_RGB = torch.cat([_neighbours(part) for part in bytes_RGB.split(_ROWS_AT_ONCE)])
+            bytes_RGB = _all_neighbours(bytes_RGB)
         scales_RG = scales_RGB.contiguous().view(*scales_RGB.shape[:2], -1)
         return StoredCodes(
             codes_RB=bytes_RGB.flatten(1),
@@ -276,6 +276,14 @@ def _whole_blocks(type: str, stored_RB: Tensor) -> StoredCodes:
     k_factors(type, stored_RB.view(-1, BY_NAME[type].nbytes))
     scales_RG = torch.empty(len(stored_RB), 0, dtype=torch.float16)
     return StoredCodes(codes_RB=stored_RB, scales_RG=scales_RG, group=BY_NAME[type].values)
+
+
+def _all_neighbours(bytes_RGB: Tensor) -> Tensor:
+    """Return `_neighbours`, some rows at a time."""
+    out_RGB = torch.empty_like(bytes_RGB, memory_format=torch.contiguous_format)
+    for part, out in zip(bytes_RGB.split(_ROWS_AT_ONCE), out_RGB.split(_ROWS_AT_ONCE), strict=True):
+        out.copy_(_neighbours(part))
+    return out_RGB
 
 
 def _neighbours(bytes_RGB: Tensor) -> Tensor:

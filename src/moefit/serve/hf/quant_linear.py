@@ -32,6 +32,7 @@ from moefit.quant.grouped_int import (
 )
 from moefit.quant.scaled.held import HeldMatrix
 from moefit.serve.cache.slot import host_bytes
+from moefit.serve.hf.encoded_weight import EncodedWeight
 
 CodedMatrix = GroupedMatrix | HeldMatrix
 _MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
@@ -71,6 +72,11 @@ class EncodedLinear(nn.Module):
         """Return W."""
         codes_RB, meta_RMG = self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
         return replace(self._form, codes_RB=codes_RB, meta_RMG=meta_RMG)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return W for code that reads it, such as Jamba's; it is decoded if it is used."""
+        return EncodedWeight.of(self.matrix, self.dtype)
 
     @property
     def kernel_matrix(self) -> KernelMatrix:
@@ -118,6 +124,13 @@ class GroupedEmbedding(nn.Module):
         self.padding_idx, self.dtype, self._bits = padding_idx, dtype, matrix.bits
         self.register_buffer("codes_RB", matrix.codes_RB, persistent=False)
         self.register_buffer("meta_RMG", matrix.meta_RMG, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the table for code that reads it, such as Llama 4's; decoded if it is used."""
+        codes_RB, meta_RMG = self.get_buffer("codes_RB"), self.get_buffer("meta_RMG")
+        matrix = GroupedMatrix(self._bits, self.embedding_dim, codes_RB, meta_RMG)
+        return EncodedWeight.of(matrix, self.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids [...] to embeddings [..., D]."""
