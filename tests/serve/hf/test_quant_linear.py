@@ -62,7 +62,9 @@ def test_families_that_read_a_weight_themselves(family: str, monkeypatch) -> Non
     model = tiny_family(family).bfloat16()
     ids = token_ids(1, 7)
     wanted = model(ids).logits
-    quantize_dense_weights(model, parse_format("int8").dense_format, find_blocks(model))
+    form = parse_format("int8").dense_format
+    assert form is not None
+    quantize_dense_weights(model, form, find_blocks(model))
     assert {EncodedLinear, GroupedEmbedding} <= {type(one) for one in model.modules()}
     assert model(ids).logits.shape == wanted.shape
 

@@ -5,7 +5,7 @@ operation decodes the whole matrix, and frees it afterwards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class EncodedWeight(Tensor):
     """A matrix in codes that acts as a tensor of the values that they stand for."""
 
     _matrix: GroupedMatrix | HeldMatrix
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = cast(Any, torch._C._disabled_torch_function_impl)
 
     @staticmethod
     def of(matrix: GroupedMatrix | HeldMatrix, dtype: torch.dtype) -> "EncodedWeight":
@@ -45,7 +45,7 @@ class EncodedWeight(Tensor):
     ) -> Any:
         """Compute with the decoded values."""
         args, kwargs = pytree.tree_map_only(EncodedWeight, _values, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*args, **cast(dict[str, Any], kwargs))
 
 
 def _values(weight: EncodedWeight) -> Tensor:
