@@ -10,9 +10,10 @@ from tiny_served import VOCABULARY, saved, tiny
 import moefit
 from moefit.errors import BudgetTooSmallError
 from moefit.moe.layouts import find_blocks
+from moefit.quant import encoded_weight
 from moefit.quant.encode import encode
 from moefit.quant.format import parse_format
-from moefit.serve.hf import encoded_weight, quant_linear
+from moefit.serve.hf import quant_linear
 from moefit.serve.hf.dense_groups import DenseGroups
 from moefit.serve.hf.quant_linear import (
     EncodedLinear,

@@ -21,6 +21,7 @@ from moefit.moe.families import MoeBlock
 from moefit.quant.backend import backend, decoded
 from moefit.quant.cpu_kernels import KernelMatrix
 from moefit.quant.encode import encode_into
+from moefit.quant.encoded_weight import EncodedWeight
 from moefit.quant.format import GroupedFormat
 from moefit.quant.grouped_int import (
     GROUP,
@@ -32,7 +33,6 @@ from moefit.quant.grouped_int import (
 )
 from moefit.quant.scaled.held import HeldMatrix
 from moefit.serve.cache.slot import host_bytes
-from moefit.serve.hf.encoded_weight import EncodedWeight
 
 CodedMatrix = GroupedMatrix | HeldMatrix
 _MIN_WEIGHTS = GROUP * GROUP  # smaller matrices save nothing
