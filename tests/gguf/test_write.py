@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import quantised
 import torch
 from tiny_gguf import OLMOE, VOCABULARY, configs
 from transformers import (
@@ -102,6 +103,29 @@ def test_tensors_equal_the_checkpoints(folders, tmp_path, name):
     np.testing.assert_array_equal(tensors["token_embd.weight"], state["model.embed_tokens.weight"])
     weights = sum(values.size for values in state.values())
     assert sum(values.size for values in tensors.values()) == weights
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq"])
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe"])
+def test_quantised_checkpoints_are_decoded(folders, tmp_path, name, kind):
+    """The plain folder has the values that the quantised one decodes to."""
+    plain = tmp_path / "plain"
+    shutil.copytree(folders[name], plain)
+    folder = quantised.quantise(plain, tmp_path / "quantised", *quantised.KINDS[kind])
+    for type in ("f32", "q8_0"):
+        write_gguf(plain, tmp_path / f"plain-{type}.gguf", type=type, with_tokenizer=False)
+        write_gguf(folder, tmp_path / f"own-{type}.gguf", type=type, with_tokenizer=False)
+        _, expected = stored(tmp_path / f"plain-{type}.gguf")
+        _, found = stored(tmp_path / f"own-{type}.gguf")
+        assert found.keys() == expected.keys()
+        for tensor, values in expected.items():
+            np.testing.assert_array_equal(found[tensor], values, err_msg=tensor)
+
+
+def test_a_gguf_file_is_not_written_again(folders, tmp_path):
+    write_gguf(folders["olmoe"], tmp_path / "model.gguf")
+    with pytest.raises(UnsupportedModelError, match="is a GGUF file"):
+        write_gguf(tmp_path / "model.gguf", tmp_path / "again.gguf")
 
 
 def test_metadata(folders, tmp_path):

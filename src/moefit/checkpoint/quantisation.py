@@ -66,20 +66,26 @@ def refuse_unknown_method(folder: Path) -> Declared | None:
     )
 
 
-def refuse_declared(folder: Path) -> None:
-    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights.
-
-    A GGUF file counts as quantised, whatever its types.
-    """
+def refuse_gguf(folder: Path) -> None:
+    """Raise UnsupportedModelError for a GGUF file, whatever the types of its tensors."""
     if is_gguf(folder):
         raise UnsupportedModelError(
             f"{folder} is a GGUF file, and only commands that serve a model read that: give one of "
             "those a budget (--memory), or here the model that it was made from, in safetensors"
         )
+
+
+def refuse_declared(folder: Path) -> None:
+    """Raise UnsupportedModelError if a folder's configuration files declare quantised weights.
+
+    A GGUF file counts as quantised, whatever its types.
+    """
+    refuse_gguf(folder)
     if (found := declared(folder)) is not None:
         raise _refusal(
-            f"{folder} is quantised ({found.method}), as its {found.where} says, and only commands "
-            "that serve a model read that: give one of those a budget (--memory), or here"
+            f"{folder} is quantised ({found.method}), as its {found.where} says; only commands "
+            "that serve a model (give one a budget with --memory) and moefit export --format gguf "
+            "read that; here"
         )
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from moefit.checkpoint.config import config_from, read_config
 from moefit.checkpoint.expert_map import parameter_names
+from moefit.checkpoint.formats.declared import declared
 from moefit.checkpoint.gguf.families import Family, expert_name
-from moefit.checkpoint.quantisation import refuse_declared
+from moefit.checkpoint.quantisation import refuse_gguf
 from moefit.checkpoint.tokenizer import read_tokenizer
 from moefit.dsmoe.model import register
 from moefit.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -87,7 +88,8 @@ def write_gguf(
     """Write a checkpoint as a GGUF file.
 
     Norms, biases and routers are stored in float32 in files of every type. Tied embeddings are
-    written twice, as llama.cpp requires of some families.
+    written twice, as llama.cpp requires of some families. Quantised weights (FP8, GPTQ and others)
+    are decoded, one at a time.
 
     Args:
         folder: A folder with safetensors of an OLMoE, Mixtral, Qwen2-MoE or Qwen3-MoE.
@@ -106,7 +108,8 @@ def write_gguf(
     _refuse_request(folder, path, type)
     register()
     family = family_of(config_from(read_config(folder), folder))
-    skeleton = build_skeleton(folder)
+    # a quantised weight is rounded to the file's type once, not to the model's dtype before
+    skeleton = build_skeleton(folder, torch.float32 if declared(folder) else None)
     try:
         writer = gguf.GGUFWriter(None, family.architecture)
         _describe(writer, gguf, family, skeleton, type)
@@ -140,7 +143,7 @@ def _refuse_request(folder: Path, path: Path, type: str) -> None:
         raise ConfigError(f"type {type!r} cannot be written; {', '.join(TYPES)} can. {_OTHERS}")
     if path.exists():
         raise CheckpointError(f"{path} exists; give a new name, or remove it first")
-    refuse_declared(folder)
+    refuse_gguf(folder)
 
 
 def _write_vocabulary(writer: Any, skeleton: Skeleton, *, with_tokenizer: bool) -> None:
