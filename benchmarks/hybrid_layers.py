@@ -41,6 +41,7 @@ from moefit.serve.layer.expert_executor import ExpertExecutor, FusedExperts
 from moefit.serve.stats import Counters
 
 EXPERTS, CHOSEN, WIDTH, INNER = 64, 8, 2048, 1024
+AIM = 0.15  # by which the median of measured over modelled time may exceed 1
 
 
 class SlowLink(CpuCopies):
@@ -228,6 +229,10 @@ def main() -> None:
             name: getattr(costs, name) for name in costs.__slots__
         }})  # fmt: skip
         layer.close()
+    worse = [one for one in results if one.get("median_ratio", 0) > 1 + AIM]
+    divided = sum("rule" in one for one in results)
+    print(f"{divided - len(worse)} of {divided} medians within {AIM:.0%} of the model")
+    results.append({"within": AIM, "medians": divided, "beyond": len(worse)})
     if given.record:
         notes = (
             f"OLMoE's block ({EXPERTS} experts, {CHOSEN} a token, {expert.nbytes} bytes in "

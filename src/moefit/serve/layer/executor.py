@@ -11,6 +11,7 @@ Shapes: T tokens, D model width, E experts, K chosen per token, R routed rows.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice, takewhile
 from typing import Any
 from weakref import ref
 
@@ -123,6 +124,11 @@ class ExpertInvoker:
     def commit(self, load: PendingLoad) -> None:
         """Wait for a load and make its expert resident."""
         load.commit(self._slot_table, self._counters)
+
+    def _commit_ended(self, loads: dict[int, PendingLoad]) -> None:
+        """Make experts resident whose loads have ended, so that others can be read meanwhile."""
+        for expert in [one for one, load in loads.items() if load.done.done()]:
+            self.commit(loads.pop(expert))
 
     def absent(self, experts: Iterable[int]) -> list[int]:
         """Return those that are not resident, and count them as fetched."""
@@ -244,8 +250,8 @@ class ExpertInvoker:
 
         Args:
             demand: The experts of this step.
-            together: Yield all residents as one batch instead of one by one; a few of them first
-                where loads wait for their slots.
+            together: Yield all residents as one batch instead of one by one; a few at a time while
+                loads wait for slots or for readers.
         """
         loads = self._take(demand.rows)
         work: HostWork | None = None
@@ -256,20 +262,22 @@ class ExpertInvoker:
             if self.host is not None and absent:
                 absent, work = self.host.begin(demand, absent, self._slots, loading=bool(loads))
             remaining, to_load = deque([*here, *loads, *absent]), deque(absent)
-            num_resident = len(here)
             self._counters.fetches += len(to_load) + len(loads)
-            self._counters.hits += num_resident
+            self._counters.hits += len(here)
             when_read = self.when_read
             while remaining:
+                self._commit_ended(loads)
                 self.start_loads(to_load, loads, protected=set(remaining))
-                size = max(1, num_resident) if together else 1
-                if to_load and not loads:  # every slot holds an expert of this step: free some
-                    size = min(size, self._transfer.readers)
+                size = 1
+                if together:
+                    ready = takewhile(self._slot_table.residents.__contains__, remaining)
+                    # Further loads start between batches, so that reading never pauses.
+                    most = self._transfer.readers if to_load else len(remaining)
+                    size = max(1, sum(1 for _ in islice(ready, most)))
                 batch = [remaining.popleft() for _ in range(size)]
-                num_resident = max(0, num_resident - size)
                 for expert in batch:
                     if expert in loads:
-                        loads.pop(expert).commit(self._slot_table, self._counters)
+                        self.commit(loads.pop(expert))
                 if when_read is not None and not loads and not to_load:
                     when_read()
                     when_read = None
