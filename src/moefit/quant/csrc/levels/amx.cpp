@@ -1,5 +1,5 @@
-// Products with AMX: of bfloat16 matrices with bfloat16 tokens, and of grouped integers with many tokens. All
-// else is as with AVX-512.
+// Products with AMX: of bfloat16 matrices with bfloat16 tokens, and of grouped integers and a checkpoint's codes with
+// many tokens. All else is as with AVX-512.
 //
 // A tile holds 16 rows of 64 bytes. Every output is one element of a tile of sums, which are added in the order
 // of the inputs, so it does not depend on the other tokens or rows. Sums of integers are exact: results equal
@@ -38,6 +38,14 @@ void configure(int64_t tokens, int64_t more) {
     static thread_local Configuration use;
     const int64_t wide[8] = {tokens, more, tokens, more, WIDTH, WIDTH, tokens, more};
     for (int i = 0; i < 8; i++) use.rows[i] = WIDTH, use.row_bytes[i] = uint16_t(4 * std::max<int64_t>(1, wide[i]));
+    _tile_loadconfig(&use);
+}
+
+// Configures tiles 0 to 3 for sums of all rows and tokens, 4 and 5 for tokens, 6 and 7 for rows, of half a group.
+void configure_halves() {
+    static thread_local Configuration use;
+    for (int i = 0; i < 8; i++) use.rows[i] = i < 6 ? WIDTH : GROUP / 8, use.row_bytes[i] = 4 * WIDTH;
+    use.row_bytes[4] = use.row_bytes[5] = GROUP / 2;
     _tile_loadconfig(&use);
 }
 
@@ -179,16 +187,27 @@ typedef float V __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));
 typedef uint8_t VB __attribute__((vector_size(64)));
 
-static inline VB table_values(VB codes) { return codes; }  // only integers are multiplied in tiles
+static inline VB table_values(VB codes) {
+    const __m512i table = _mm512_broadcast_i32x4(at_any<__m128i>(E2M1_VALUES));
+    return (VB)_mm512_shuffle_epi8(table, (__m512i)codes);
+}
 
 #include "codes.inc"
 
 constexpr int64_t FEW = 6;  // tokens left over for which vectors are faster than a tile that is not full
 constexpr int64_t GROUP_TILE = WIDTH * GROUP;
 
-// Tokens that are multiplied in tiles. Codes of a checkpoint are not: they have several sums in a group.
+// Whether many tokens are multiplied in tiles. Codes of 8 bits less their zero points, where those are stored, have 9
+// bits; k-quants with a scale for 16 inputs are as fast in vectors.
+bool fits_tiles(const Matrix &m) {
+    if (is_k_quant(m.kind)) return m.kind == Q4_K || m.kind == Q5_K;
+    if (is_scaled(m.kind)) return codes_of(m.kind) != CODES_8 || !has_zeros(m.kind);
+    return has_digits(m);
+}
+
+// Tokens that are multiplied in tiles.
 int64_t in_tiles(const Matrix &m, int64_t tokens) {
-    if (is_scaled(m.kind) || is_k_quant(m.kind) || !has_digits(m)) return 0;
+    if (!fits_tiles(m)) return 0;
     return tokens % WIDTH < FEW ? tokens / WIDTH * WIDTH : tokens;
 }
 
@@ -258,37 +277,51 @@ void block_products(const uint8_t *codes, const uint8_t *meta, int64_t groups, c
     for (int64_t t = 0; t < tokens; t++) std::memcpy(y[t], &sum[t], sizeof(V));
 }
 
-template <int64_t KIND>
-void grouped_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
+// Call `products` with the codes of 16 rows, a byte each, which `unpack` returns, for each block of tokens.
+template <typename Unpack, typename Products>
+void each_block(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y, const Unpack &unpack,
+                const Products &products) {
     static thread_local std::vector<uint8_t> padded, room;
-    int64_t groups = groups_of(m.cols);
-    room.resize(groups * GROUP_TILE);
-    configure(WIDTH, WIDTH);
+    room.resize(groups_of(m.cols) * GROUP_TILE);
     for (int64_t row = first / SLAB * SLAB; row < last; row += SLAB) {
         SlabRows slab(m, row, padded);
-        const uint8_t *codes = slab.codes;
-        if constexpr (KIND != INT8) {
-            for (int64_t g = 0; g < groups; g++)
-                for (int i = 0; i < 16; i++) {
-                    VB code = four_codes<KIND>(slab.codes + g * SLAB * KIND * 8, i);
-                    std::memcpy(&room[g * GROUP_TILE + 64 * i], &code, sizeof code);
-                }
-            codes = room.data();
-        }
+        const uint8_t *codes = unpack(slab, room.data());
         int64_t begin = std::max(first, row), end = std::min(last, row + SLAB);
         for (int64_t t = 0; t < panel.tokens; t += WIDTH) {
             float made[WIDTH][SLAB], *to[WIDTH];
             int64_t number = std::min(WIDTH, panel.tokens - t);
             bool whole = end - begin == SLAB;
             for (int64_t i = 0; i < number; i++) to[i] = whole ? y[t + i] + row : made[i];
-            const uint8_t *digits = panel.packed + t * groups * digit_bytes(takes_bytes(KIND));
-            block_products<KIND>(codes, slab.meta, groups, panel.x + t, number, digits, to);
+            Panel block = {panel.x + t, panel.packed + t * groups_of(m.cols) * digit_bytes(m), number};
+            products(codes, slab.meta, block, to);
             for (int64_t i = 0; i < number && !whole; i++)
                 std::memcpy(y[t + i] + begin, made[i] + begin - row, 4 * (end - begin));
         }
     }
+}
+
+template <int64_t KIND>
+void grouped_dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float *const *y) {
+    int64_t groups = groups_of(m.cols);
+    configure(WIDTH, WIDTH);
+    each_block(
+        m, first, last, panel, y,
+        [&](const SlabRows &slab, uint8_t *room) {
+            if (KIND == INT8) return slab.codes;
+            for (int64_t g = 0; g < groups; g++)
+                for (int i = 0; i < 16; i++) {
+                    VB code = four_codes<KIND>(slab.codes + g * SLAB * KIND * 8, i);
+                    std::memcpy(room + g * GROUP_TILE + 64 * i, &code, sizeof code);
+                }
+            return (const uint8_t *)room;
+        },
+        [&](const uint8_t *codes, const uint8_t *meta, const Panel &block, float *const *to) {
+            block_products<KIND>(codes, meta, groups, block.x, block.tokens, block.packed, to);
+        });
     _tile_release();
 }
+
+#include "../scaled/amx.inc"
 
 bool of_pairs(const Matrix &m, const Input *x) { return m.kind == BF16 && x->bfloat16; }
 
@@ -315,7 +348,8 @@ void dot(const Matrix &m, int64_t first, int64_t last, const Panel &panel, float
         case INT4: grouped_dot<INT4>(m, first, last, some, y); break;
         case INT5: grouped_dot<INT5>(m, first, last, some, y); break;
         case INT6: grouped_dot<INT6>(m, first, last, some, y); break;
-        default: grouped_dot<INT8>(m, first, last, some, y);
+        case INT8: grouped_dot<INT8>(m, first, last, some, y); break;
+        default: any_scaled_dot(m, first, last, some, y);
     }
     if (tiles == panel.tokens) return;
     Panel rest = {panel.x + tiles, panel.packed + tiles * groups_of(m.cols) * digit_bytes(m), panel.tokens - tiles};
