@@ -9,6 +9,7 @@ is random, with the skew of natural text (1) and equal shares (0).
 """
 
 import argparse
+from typing import Any
 
 import record
 from rich.console import Console
@@ -24,10 +25,17 @@ CASES = {  # sequences of 512 tokens in an encoder, or as many tokens in a decod
     "decoder": (1.5, Workload(batch=4, steps=64)),
 }
 SHAPES = ("switch-large-128", "nllb-moe-54b")
+PROMPTS = (256, 512, 1024, 2048, 4096)  # tokens of an encoder's step
 
 
 def measure(shape_name: str, part: str, skew: float, slots: int) -> dict[str, float]:
     claimed, workload = CASES[part]
+    return compared(shape_name, workload, skew, slots, claimed)
+
+
+def compared(
+    shape_name: str, workload: Workload, skew: float, slots: int, claimed: float
+) -> dict[str, float]:
     shape = find_shape(shape_name)
     costs = expert_costs(find_hardware("monde"), shape)
     length = workload.prompt or workload.steps
@@ -48,6 +56,24 @@ def measure(shape_name: str, part: str, skew: float, slots: int) -> dict[str, fl
     }
 
 
+def by_tokens() -> list[dict[str, Any]]:
+    """Return encoders' speed-ups by tokens of a step, and their mean over both models.
+
+    An expert of t tokens is read once and computed t times, so that the far side computes longer
+    than it reads from `ridge` tokens on, whatever the expert's size.
+    """
+    device, found = find_hardware("monde"), []
+    ridge = device.far_flops / device.far_bandwidth  # 2 bytes and 2 FLOP per weight
+    for skew in (0.0, 1.0):
+        for tokens in PROMPTS:
+            workload, row = Workload(prompt=tokens, steps=2), dict[str, Any]()
+            for name in SHAPES:
+                row[name] = compared(name, workload, skew, 0, CASES["encoder"][0])["speed_up"]
+            mean = sum(row.values()) / len(row)
+            found.append({"skew": skew, "tokens": tokens, "ridge": ridge} | row | {"mean": mean})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
@@ -66,6 +92,9 @@ def main() -> None:
                 numbers = (f"{value:.3g}" for value in found.values())
                 table.add_row(shape, part, f"{skew:g}", str(slots), *numbers)
     Console(width=110).print(table)
+    for row in by_tokens():
+        results.append(row)
+        print({name: round(value, 2) for name, value in row.items()})
     if arguments.save:
         notes = "milliseconds per MoE layer, from the simulator; nothing was timed"
         print(record.write("monde-claims", results, notes=notes))

@@ -37,6 +37,7 @@ from moefit.cli.pack import fit_model_probes
 from moefit.cli.plan_tables import check_picture, draw, plan_dict, print_plan
 from moefit.cli.planned import target_of
 from moefit.errors import ConfigError
+from moefit.moe.routing import Rule
 from moefit.plan.configuration import Lengths
 from moefit.plan.experiments import DENSE_FORMATS
 from moefit.plan.measure import MeasuredModel
@@ -46,10 +47,16 @@ from moefit.plan.profile import Profile, find_profile
 from moefit.plan.profiler import Profiler
 from moefit.plan.reference import read_windows
 from moefit.plan.search import PlanConstraints, Point
+from moefit.serve.config import LoadSettings
+from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.layer.router_probe import use_rule
+from moefit.serve.load import load_model
 from moefit.serve.memory.budget import parse_bytes
 from moefit.serve.packed.calibrate import CalibrationText
 from moefit.serve.prediction.fit_probes import refuse_unpredictable
+from moefit.serve.windows import Windows
+from moefit.simulate.recording import check_recording, record_routing
 
 
 @command("profile")
@@ -71,6 +78,9 @@ def profile_model(
         bool,
         option("Also fit probes on the text, which predict experts for --prefetch.", "--probes"),
     ] = False,
+    routing: Annotated[
+        Path | None, option("Also write the text's routing for `moefit simulate`, .npz.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Skip what was measured before, so that an interrupted run resumes."""
@@ -78,29 +88,46 @@ def profile_model(
     skeleton = build_skeleton(folder, torch_dtype(dtype))
     if probes:
         refuse_unpredictable(skeleton)
+    if routing is not None:
+        check_recording(routing, skeleton)
     windows = read_windows(skeleton.model, text, read_tokenizer(folder), context, tokens)
-    profiler = Profiler(
-        MeasuredModel(folder=folder, dtype=torch_dtype(dtype), rule=rule, device=device),
-        windows,
-        text=text.name if text else "held-out standard library",
-        memory=None if memory is None else parse_bytes(memory),
-    )
+    subject = MeasuredModel(folder=folder, dtype=torch_dtype(dtype), rule=rule, device=device)
+    name = text.name if text else "held-out standard library"
+    budget = None if memory is None else parse_bytes(memory)
+    profiler = Profiler(subject, windows, text=name, memory=budget)
+    if routing is not None:  # first, since a profile takes minutes
+        _write_routing(subject, windows, routing, text=name, memory=budget)
     with progress_bar("profiling") as progress:
         profile = profiler.run(progress, again=again)
     fitted: dict[str, Any] = {}
     if probes:
-        on = CalibrationText(
-            text=text.name if text else "held-out standard library",
-            digest=windows.digest,
-            windows=windows,
-            memory=None if memory is None else parse_bytes(memory),
-        )
+        on = CalibrationText(text=name, digest=windows.digest, windows=windows, memory=budget)
         fitted = {"probes": fit_model_probes(skeleton, on, quiet=as_json).as_dict()}
     if as_json:
         print_json({"path": str(profiler.path), "items": dict(profile.items)} | fitted)
         return
     say(f"{len(profile.items)} measurements: {profiler.path}")
     say(f"next: moefit plan {shlex.quote(model)} --memory SIZE")
+
+
+def _write_routing(
+    subject: MeasuredModel, windows: Windows, path: Path, *, text: str, memory: int | None
+) -> None:
+    """Write what a model's routers choose on a text."""
+    settings = LoadSettings(
+        memory=memory,
+        device=subject.device,
+        context=windows.context + 1,
+        dtype=subject.dtype,
+        generation_config=IGNORE,
+    )
+    with load_model(subject.folder, settings) as served:
+        if subject.rule is not None:
+            use_rule(served.model, Rule.parse(subject.rule))
+        found = record_routing(served, windows, f"{subject.folder.name} on {text}")
+    sizes = found.write(path)
+    files = f"{shlex.quote(str(path))} --shape {shlex.quote(str(sizes))}"
+    say(f"routing: moefit simulate {files}")
 
 
 @command("plan")
