@@ -85,7 +85,7 @@ def test_recorded_inputs_equal_transformers(tmp_path: Path, family: str, tied: b
         file = inputs.file_of([name])
         assert file is not None, name
         scale = float(own[name].abs().max())
-        assert torch.allclose(inputs.read(file), own[name], atol=1e-4 * scale), name
+        assert torch.allclose(inputs.read(file), own[name], atol=5e-4 * scale), name
     assert "lm_head" in linear and inputs.file_of(["lm_head"]) == "lm_head"
     if family != "DeepseekV3":
         queries, values = (f"model.layers.1.self_attn.{one}_proj" for one in "qv")
