@@ -5,8 +5,9 @@
 A device reads one expert after the other. A layer waits until it has all the experts that its
 router chose, and is then computed, for one unit of time. Meanwhile the device, when no layer waits
 for it, reads guesses: those of the next layer first, then those of the layers after it, up to the
-horizon. A guess that is being read is not stopped. Slots are least recently used ones, and no guess
-displaces what the layer is about to use.
+horizon. A guess that is being read when it turns out wrong is read to its end, or, with "stopped",
+ends at once, which reading in pieces could at best do. Slots are least recently used ones, and no
+guess displaces what the layer is about to use.
 
 `--times` are times of reading a layer's misses without guesses, in units of a layer's computation.
 Guesses find a share of the missing experts, and a share of them is right: one layer ahead as next
@@ -44,6 +45,7 @@ class Setting:
         read: Time in which the device reads one expert.
         stolen: Share of computing that reading takes.
         slots: Of a layer.
+        stops: Whether a guess ends at once when it turns out wrong.
     """
 
     horizon: int
@@ -51,6 +53,7 @@ class Setting:
     read: float
     stolen: float
     slots: int
+    stops: bool = False
 
 
 @dataclass(slots=True)
@@ -93,6 +96,7 @@ class Model:
         self._layers = [Layer(setting.slots) for _ in self._choices[0]]
         self._random = random.Random(0)
         self._now = self._free = 0.0  # when the device can begin another read
+        self._last = -1, -1  # layer and expert of the last guess
         self.misses = 0
 
     def run(self) -> float:
@@ -109,6 +113,11 @@ class Model:
         chosen, slots = self._choices[token][layer], self._layers[layer]
         slots.guessed.clear()
         slots.drawn.clear()
+        if self._setting.stops and self._free > self._now:
+            of, guess = self._last
+            if of == layer and guess not in chosen:
+                self._free = self._now
+                slots.held.pop(guess, None)
         for expert in chosen:
             ready = slots.held.get(expert)
             if ready is None:
@@ -132,6 +141,7 @@ class Model:
                 self._free = start + self._setting.read
                 end += (min(self._free, end) - start) * self._setting.stolen
                 slots.guessed.add(expert)
+                self._last = later[1], expert
                 slots.take(expert, self._free, chosen)
         return end
 
@@ -174,10 +184,14 @@ def main() -> None:
         per_layer = plain.misses / ((len(experts_NLK) - 1 - WARM_UP) * experts_NLK.shape[1])
         read = time / per_layer
         speeds: dict[str, float] = {}
-        for name, horizon in (("oracle", 0), *product(GUESSES, (1, 2, 3, 4))):
-            setting = Setting(horizon=horizon, guesses=name, read=read, stolen=stolen, slots=slots)
+        cases = ("oracle", 0, False), *product(GUESSES, (1, 2, 3, 4), (False,))
+        for name, horizon, stops in (*cases, ("measured", 1, True), ("better", 1, True)):
+            setting = Setting(
+                horizon=horizon, guesses=name, read=read, stolen=stolen, slots=slots, stops=stops
+            )
             took = Model(experts_NLK, num_experts, setting).run()
-            speeds[f"{name} {horizon}" if horizon else "off"] = 1 / took
+            key = f"{name} {horizon}{' stopped' if stops else ''}" if horizon else "off"
+            speeds[key] = 1 / took
         name = f"{slots} of {num_experts} slots, reading {time:g}, stolen {stolen:g}"
         gains = {key: speed / speeds["off"] for key, speed in speeds.items()}
         results[name] = {"misses_per_layer": per_layer, "against_off": gains}
