@@ -63,6 +63,7 @@ MODELS = {
         {"balancing_bias": 0.1},
     ),
 }
+CLAIMED = ("dsmoe", "dense", "sparse", "olmoe")
 OPTIMIZERS = {"olmoe": {"name": "muon"}}
 
 
@@ -85,7 +86,7 @@ def steps(
     Dtypes are those of routers' logits, and of the weights that this process updates.
     """
     model, loss = MODELS[name]
-    count = count or (5 if name == "dsmoe" else 3)
+    count = count or (5 if name in CLAIMED else 3)
     config = make_config(
         {
             "model": model, "loss": loss, "batch_size": 4, "seq_len": 16, "accumulation": 2,
@@ -155,12 +156,12 @@ def compiled(processes: Processes, settings: dict) -> list:
 def equality(processes: Processes, names: list[str], settings: dict) -> dict[str, list[float]]:
     """Return, per model, the differences from one process: of numbers, and of weights.
 
-    Numbers are in float32 and in float64, or in float64 alone for all but the first model, if there
-    are two processes; weights are in float64. Process 0 alone compares.
+    Numbers are of 5 steps in float32 and in float64, or of 3 in float64 alone for models that are
+    here for one fault, if there are two processes; weights are in float64. Process 0 compares.
     """
     found = {}
     for name in names:
-        both = name == "dsmoe" or processes.size > 2
+        both = name in CLAIMED or processes.size > 2
         count = 5 if both else 3
         numbers, weights, _ = steps(name, processes, torch.float64, settings, count=count)
         if both:
@@ -222,6 +223,12 @@ def bf16_traffic(processes: Processes) -> list[float]:
     return found
 
 
+GROUPS = {
+    "expert": {**SPREAD, "expert": 2},
+    "replicate": {**SPREAD, "replicate": 2},
+    "long way": {**SPREAD, "nodes": 4, "expert": 2, "all_to_all": "hierarchical"},
+}
+"""Ways to spread experts over two groups of two processes."""
 LONG_WAY = {**SPREAD, "all_to_all": "hierarchical"}
 WAYS = {
     "top 1": ({**SHAPE, "num_experts": 8, "training_rule": "top_k:1"}, {}),
@@ -359,6 +366,17 @@ def six(tree: dict) -> dict:
     return {**muon(tree), "model": {**tree["model"], "num_experts": 6}}
 
 
+def sparse(tree: dict) -> dict:
+    """Return settings of a run of a sparse model."""
+    model, loss = {"training_rule": "top_k:2"}, {"load_balancing": 0.01}
+    return {**tree, "model": {**tree["model"], **model}, "loss": loss}
+
+
+def twelve(tree: dict) -> dict:
+    """Return settings of a run that 1, 2, 3 or 4 processes can share."""
+    return {**tree, "batch_size": 12, "steps": 12}
+
+
 def failures(tree: dict, processes: Processes) -> list[str]:
     """Return what process 0 reports for settings that cannot be trained with."""
     rank = processes.rank
@@ -433,14 +451,13 @@ def main() -> None:
     with joined_processes() as processes:
         actions: dict[str, Callable[[str], object]] = {
             "equality": lambda copies: equality(
-                processes,
-                [name for name in MODELS if name not in ("lopsided", "hash", "biased")],
-                {"replicate": int(copies or 1)},
+                processes, list(CLAIMED), {"replicate": int(copies or 1)}
             ),
             "tensor": lambda names: equality(processes, names.split(","), TENSOR),
             "spread": lambda names: equality(
                 processes, ["sparse", "olmoe", "lopsided", *filter(None, names.split(","))], SPREAD
             ),
+            "groups": lambda way: equality(processes, ["sparse", "olmoe", "lopsided"], GROUPS[way]),
             "long_way": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], LONG_WAY),
             "ways": lambda precision: ways(processes, precision),
             "limits": lambda _: limits(processes),
@@ -448,6 +465,13 @@ def main() -> None:
             "bf16": lambda _: bf16_traffic(processes),
             "six": lambda name: run({**six(tree), "parallel": TENSOR}, processes, name),
             "run": lambda detail: run(tree, processes, detail),
+            "groups_run": lambda detail: run(
+                {**sparse(tree), "parallel": GROUPS["replicate"]}, processes, detail
+            ),
+            "spread_run": lambda detail: run(
+                {**sparse(tree), "parallel": SPREAD}, processes, detail
+            ),
+            "twelve": lambda detail: run(twelve(tree), processes, detail),
             "weighted_run": lambda detail: run(weighted(tree), processes, detail),
             "mixed": lambda _: mixed(processes),
             "compiled": lambda way: compiled(

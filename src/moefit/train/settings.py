@@ -361,6 +361,10 @@ class ParallelConfig(Strict):
     experts: Literal["data", "all_to_all"] = "data"
     """`data`: experts are sharded like all weights. `all_to_all`: each process has an equal part of
     every layer's experts, and tokens are sent to them; for sparse models."""
+    expert: int | None = Field(default=None, gt=1)
+    """With `all_to_all`, the number of consecutive processes that share the experts. Each such
+    group has all experts, and gradients of experts are added over groups. None is all processes,
+    or with `replicate` those of a copy of the model."""
     all_to_all: Literal["flat", "hierarchical"] = "flat"
     """Way of tokens to experts: `flat`, straight to their processes; `hierarchical`, once to each
     machine with some of a token's experts, and from there to the processes of that machine."""
@@ -387,6 +391,11 @@ class ParallelConfig(Strict):
                     f"{name}={value:g} has no effect with experts=data; leave it out, or give "
                     "experts=all_to_all"
                 )
+        if self.expert is not None and self.experts != "all_to_all":
+            raise ValueError(
+                f"expert={self.expert} has no effect with experts=data; leave it out, or give "
+                "experts=all_to_all"
+            )
         if self.node_limit is not None and self.experts != "all_to_all":
             raise ValueError(
                 f"node_limit={self.node_limit} has no effect with experts=data; leave it out, or "

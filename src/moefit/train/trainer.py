@@ -323,7 +323,7 @@ class Trainer:
         if message is not None:
             self.callback.on_message(message)
 
-    def _timed_step(self, step: int) -> dict[str, float]:
+    def _timed_step(self, step: int) -> dict[str, Any]:
         began = time.perf_counter()
         values = self._step(step)
         elapsed = time.perf_counter() - began
@@ -334,7 +334,7 @@ class Trainer:
             values |= self._process_statistics(speed)
         return values
 
-    def _process_statistics(self, speed: float) -> dict[str, float]:
+    def _process_statistics(self, speed: float) -> dict[str, Any]:
         """Return the mean seconds of communication per step since the last call, and so on."""
         size, steps = self.processes.size, max(1, self._steps_timed)
         self._steps_timed = 0
@@ -342,12 +342,14 @@ class Trainer:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(self.device)
         sent = {} if self.parallel.dispatch is None else self.parallel.dispatch.report(steps)
+        peaks = self.processes.every(peak)
         return {
             **sent,
             "tokens_per_second_per_process": speed / size,
             "communication_seconds": self.processes.sums((self.parallel.clock.seconds(),))[0]
             / (size * steps),
-            "largest_process_bytes": self.processes.most(peak),
+            "largest_process_bytes": max(peaks),
+            "process_bytes": peaks,
         }
 
     def _step(self, step: int) -> dict[str, float]:
@@ -440,7 +442,7 @@ class Trainer:
             f"(now {self.config.optimizer.lr:g}) or more optimizer.warmup_steps{where}"
         )
 
-    def _report(self, step: int, values: dict[str, float], stop: Callable[[], int]) -> None:
+    def _report(self, step: int, values: dict[str, Any], stop: Callable[[], int]) -> None:
         if self._is_logged(step):
             self._write("train", step, values)
         self._evaluate(step, values["seconds"], stop)

@@ -7,7 +7,8 @@ from moefit.train.parallel.clock import Clock
 from moefit.train.parallel.dispatch import Dispatch, capacity_line, check_spreadable
 from moefit.train.parallel.exchange import sent_rows
 from moefit.train.parallel.expert_tensor import check_divisible
-from moefit.train.parallel.processes import joined_processes
+from moefit.train.parallel.parallelism import own_machine, parallelism
+from moefit.train.parallel.processes import OneProcess, joined_processes
 
 
 def test_tokens_beyond_the_capacity_are_dropped_in_order():
@@ -20,6 +21,7 @@ def test_tokens_beyond_the_capacity_are_dropped_in_order():
 def test_experts_of_this_machine():
     dispatch = Dispatch(
         mesh=None,
+        shares=2,
         rank=0,
         own_machine=(True, False),
         capacity_factor=None,
@@ -43,8 +45,35 @@ def test_models_that_cannot_be_spread_raise():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"expert": 5}, "expert=5 does not divide the 12 processes; the nearest that works is 4"),
+        ({"expert": 4}, "not equally many of each machine, which has 6; give a divisor of 6"),
+        ({"replicate": 12}, "leaves one process to a copy .*; give parallel.expert=12"),
+        ({"expert": 6, "all_to_all": "hierarchical"}, "the 6 processes .*flat, or parallel.expert=12"),
+    ],
+)
+def test_groups_that_cannot_share_experts_raise(settings, message):
+    """12 processes on two machines."""
+    config = make_config({"parallel": {"experts": "all_to_all", **settings}, "batch_size": 12})
+    with pytest.raises(ConfigError, match=message):
+        parallelism(config, OneProcess(size=12, nodes=2), torch.device("cpu"))
+
+
+def test_members_of_a_group_on_this_machine():
+    """Of 8 processes on 4 machines; with replicate, a copy of the model has one group."""
+    found = []
+    for settings in ({"expert": 4}, {"replicate": 4}, {}):
+        config = make_config({"parallel": {"experts": "all_to_all", **settings}, "batch_size": 8})
+        found.append(own_machine(config, OneProcess(rank=6, size=8, nodes=4)))
+    no, yes = (False, False), (True, True)
+    assert found == [no + yes, yes, no + no + no + yes]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ({"parallel": {"capacity_factor": 1.5}}, "capacity_factor=1.5 has no effect"),
         ({"parallel": {"all_to_all": "hierarchical"}}, "all_to_all=hierarchical has no effect"),
+        ({"parallel": {"expert": 2}}, "expert=2 has no effect"),
         ({"parallel": {"node_limit": "own"}}, "node_limit=own has no effect"),
         ({"parallel": {"node_limit": 0}}, "parallel.node_limit"),
         ({"parallel": {"node_bias": 2}}, "node_bias=2 has no effect"),

@@ -1,13 +1,28 @@
 """Two ways of tokens to their experts, on two machines of two processes each."""
 
+import json
+
+import parallel_cases
 import pytest
+import torch
 from processes import results
+from transformers import AutoModelForCausalLM
+
+from moefit.dsmoe.model import register
+from moefit.train.config import make_config
+from moefit.train.display import NoDisplay
+from moefit.train.loop import train
+from moefit.train.run_folder import read_log
+
+register()
 
 
 @pytest.fixture(scope="module")
 def four(shared_folder):
     """What four processes find."""
-    cases = ("limits", "ways:fp32", "ways:autocast", "ways:mixed", "long_way")
+    cases = ["limits", "ways:fp32", "ways:autocast", "ways:mixed", "long_way"]
+    cases += [f"groups:{way}" for way in parallel_cases.GROUPS]
+    cases += ["groups_run:groups:3"]
     return results(4, "parallel_cases", shared_folder, *cases)
 
 
@@ -27,8 +42,10 @@ def test_in_16_bits_the_ways_differ_by_rounding_only(four, precision):
 
 
 @pytest.mark.slow
-def test_the_long_way_equals_one_process(four):
-    for name, (numbers, parameters) in four["long_way"].items():
+@pytest.mark.parametrize("way", ["long_way", *(f"groups:{way}" for way in parallel_cases.GROUPS)])
+def test_every_layout_equals_one_process(four, way):
+    """Experts are spread over all four processes, or over each of two groups."""
+    for name, (numbers, parameters) in four[way].items():
         assert numbers < 1e-6, name
         assert parameters < 1e-9, name
 
@@ -59,3 +76,23 @@ def test_a_machine_gets_one_copy_of_a_token_from_one_process(four):
     assert flat["cross_node_bytes"] / values == pytest.approx(2, rel=0.1)
     assert long["cross_node_bytes"] / values == pytest.approx(1, rel=0.1)
     assert long["all_to_all_bytes"] > flat["all_to_all_bytes"]  # what is saved between machines
+
+
+@pytest.mark.slow
+def test_a_run_of_groups_goes_on_in_one_group_and_in_one_process(four, shared_folder):
+    """The log and the last checkpoint are those of one process."""
+    assert four["groups_run:groups:3"]
+    results(2, "parallel_cases", shared_folder, "spread_run:groups:5")
+    tree = parallel_cases.sparse(json.loads((shared_folder / "tree.json").read_text()))
+    last, whole = (
+        train(make_config({**tree, "out": str(shared_folder / name)}), NoDisplay()).checkpoint
+        for name in ("groups", "whole")
+    )
+    found, expected = (
+        {r["step"]: r["loss"] for r in read_log(shared_folder / name) if r["kind"] == "train"}
+        for name in ("groups", "whole")
+    )
+    assert found == pytest.approx(expected, abs=1e-6)
+    found, expected = (AutoModelForCausalLM.from_pretrained(one) for one in (last, whole))
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -210,7 +210,7 @@ def test_a_killed_process_ends_the_other_and_loses_no_checkpoint(pair, one, shar
     survivor, victim = pair["ended"]
     assert victim[0] == -9
     assert survivor[0] > 0
-    assert "process 0 of 2 lost contact with another process" in survivor[1]
+    assert "process 0 of 2 lost contact with process 1 (" in survivor[1]
     kept = checkpoint.checkpoints(shared_folder / "killed")
     assert checkpoint.step_of(kept[-1]) >= 4  # that of step 6 may still have been written
     assert alone(shared_folder, "killed").name == "step-00000008"
@@ -260,6 +260,26 @@ def test_four_processes_and_replicas_equal_one(folder):
         for name in ("six", "six_one")
     )
     assert_close(weights(last), weights(never_stopped), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes(folder):
+    """4, 3, 1, 2, 3 and 4 processes in turn see the data, and get the weights, of one."""
+    settings = parallel_cases.twelve(json.loads((folder / "tree.json").read_text()))
+
+    def go_on(stop):
+        signals = parallel_cases.Signals(stop, signal.SIGTERM)
+        return train(make_config({**settings, "out": str(folder / "turns")}), signals)
+
+    results(4, "parallel_cases", folder, "twelve:turns:2")
+    results(3, "parallel_cases", folder, "twelve:turns:4")
+    assert go_on(6).stopped_by == "SIGTERM"
+    results(2, "parallel_cases", folder, "twelve:turns:8")
+    results(3, "parallel_cases", folder, "twelve:turns:10")
+    last = results(4, "parallel_cases", folder, "twelve:turns")["twelve:turns"]
+    one = train(make_config({**settings, "out": str(folder / "one")}), NoDisplay())
+    assert losses(folder / "turns") == pytest.approx(losses(folder / "one"), abs=1e-6)
+    assert_close(weights(last), weights(one.checkpoint), 1e-5)
 
 
 @pytest.mark.slow

@@ -1,16 +1,22 @@
 """Measure how long a device communicates."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 class Clock:
-    """Measures the seconds that a device communicates, between two calls of `seconds`."""
+    """Measures the seconds that a device communicates, between two calls of `seconds`.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: The device.
+        begin: Called when a communication begins, also while nothing is measured.
+    """
+
+    def __init__(self, device: torch.device, begin: Callable[[], None] = lambda: None):
+        self._begin = begin
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -28,6 +34,7 @@ class Clock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Measure the calls inside the context, on the current stream of a GPU."""
+        self._begin()
         if self._is_paused:
             yield
             return

@@ -1,6 +1,7 @@
 """Spread the experts of a sparse model over processes; tokens travel to them and back.
 
-Each process has an equal part of every layer's experts. A token is sent to the processes of its
+Each process of a group has an equal part of every layer's experts; groups are copies of each other,
+and one group of all processes is usual. A token is sent to the processes of its
 experts by one all-to-all, and the outputs come back by another; gradients take the same ways.
 Implemented as an experts implementation of transformers, so the model has no code of its own.
 
@@ -8,15 +9,15 @@ Shapes: T tokens of this process, D model width, E experts, K chosen per token, 
 token and one of its experts), P processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
@@ -31,10 +32,12 @@ ALL_TO_ALL = "moefit_all_to_all"
 
 @dataclass(slots=True, kw_only=True)
 class Dispatch(Wire):
-    """How tokens of one process reach the experts of all.
+    """How tokens of one process reach the experts of its group.
 
     Attributes:
-        mesh: One dimension: all processes.
+        mesh: `(expert,)`: processes that share the experts; or `(copy, expert)`, where processes
+            of the same number in their groups have the same experts.
+        shares: Processes with a part of the micro-batch: all.
         hierarchical: Whether tokens go through one process per machine; see `exchange`.
         capacity_factor: c_f of `capacity`; None for no limit.
         num_experts: E; set by `spread_experts`.
@@ -42,6 +45,7 @@ class Dispatch(Wire):
     """
 
     mesh: DeviceMesh
+    shares: int
     hierarchical: bool = False
     capacity_factor: float | None
     num_experts: int = 0
@@ -51,6 +55,26 @@ class Dispatch(Wire):
     def per_process(self) -> int:
         """Experts of one process."""
         return self.num_experts // len(self.own_machine)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The processes that share the experts."""
+        return self.mesh.get_group(self.mesh.ndim - 1)
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the gradients of experts over groups, whose parts are already scaled for a mean.
+
+        Args:
+            parameters: Of the model.
+        """
+        if self.mesh.ndim == 1:
+            return
+        for parameter in parameters:
+            is_expert = cast(DTensor, parameter).device_mesh == self.mesh
+            if is_expert and parameter.grad is not None:
+                gradient = cast(DTensor, parameter.grad).to_local()
+                with self.clock.running():
+                    dist.all_reduce(gradient, group=self.mesh.get_group(0))
 
     @property
     def own_E(self) -> Tensor:
@@ -85,7 +109,7 @@ class Dispatch(Wire):
         rows = float(load_NE.sum())
         uneven_N = load_NE.std(dim=1, correction=0) / load_NE.mean(dim=1).clamp_min(1e-9)
         return {
-            "all_to_all_seconds": seconds / (steps * len(self.own_machine)),
+            "all_to_all_seconds": seconds / (steps * self.shares),
             "cross_node_share": away / max(1.0, rows),
             "all_to_all_bytes": sent / steps,
             "cross_node_bytes": sent_away / steps,
@@ -109,12 +133,13 @@ def spread_experts(model: PreTrainedModel, dispatch: Dispatch) -> set[nn.Paramet
     ExpertsInterface.register(ALL_TO_ALL, all_to_all_experts)
     parameters: set[nn.Parameter] = set()
     dispatch.num_experts = int(model.config.num_experts)
-    dispatch.way = way_of(dispatch, dispatch.mesh.get_group(), hierarchical=dispatch.hierarchical)
+    dispatch.way = way_of(dispatch, dispatch.group, hierarchical=dispatch.hierarchical)
+    placements = [Replicate()] * (dispatch.mesh.ndim - 1) + [Shard(0)]
     first = dispatch.rank * dispatch.per_process
     for module in _expert_modules(model):
         for name, whole in list(module.named_parameters(recurse=False)):
             part = whole.data[first : first + dispatch.per_process].clone()
-            spread = DTensor.from_local(part, dispatch.mesh, [Shard(0)], run_check=False)
+            spread = DTensor.from_local(part, dispatch.mesh, placements, run_check=False)
             parameter = nn.Parameter(spread, requires_grad=whole.requires_grad)
             module.register_parameter(name, parameter)
             parameters.add(parameter)
@@ -133,7 +158,7 @@ def check_spreadable(num_experts: int, processes: int, rule: str) -> None:
 
     Args:
         num_experts: E.
-        processes: P.
+        processes: P, of one group.
         rule: The model's training rule.
     """
     if num_experts < 2 or not rule.startswith("top_k"):
@@ -206,24 +231,23 @@ def _own_experts(experts: Any, rows_RD: Tensor, own_R: Tensor, dispatch: Dispatc
     """Compute this process's experts for the rows of all processes."""
     ids_R1 = own_R.unsqueeze(1)
     ones_R1 = torch.ones_like(ids_R1, dtype=rows_RD.dtype)
-    processes = len(dispatch.own_machine)
-    weights = _local_weights(expert_weights(experts), processes, rows_RD.dtype)
+    weights = _local_weights(expert_weights(experts), dispatch.shares, rows_RD.dtype)
     if not len(rows_RD):
         # Its backward pass must exchange gradients too, or others would wait for it.
         return rows_RD + 0 * (weights.w_in_EID.sum() + weights.w_out_EDF.sum())
     return grouped_experts(rows_RD, Routing(ids_R1, ones_R1), weights)
 
 
-def _local_weights(weights: ExpertWeights, processes: int, dtype: torch.dtype) -> ExpertWeights:
+def _local_weights(weights: ExpertWeights, shares: int, dtype: torch.dtype) -> ExpertWeights:
     """Return this process's weights in the dtype of the rows that they multiply.
 
-    Their gradients are means over processes, as FSDP's are.
+    Their gradients are means over all parts of a micro-batch, as FSDP's are.
     """
 
     def local(spread: Any) -> Tensor:
         part = spread.to_local()
         if part.requires_grad:
-            part.register_hook(lambda gradient: gradient / processes)
+            part.register_hook(lambda gradient: gradient / shares)
         return part.to(dtype)
 
     return replace(weights, w_in_EID=local(weights.w_in_EID), w_out_EDF=local(weights.w_out_EDF))

@@ -44,7 +44,7 @@ from moefit.train.parallel.mixed_precision import (
     routers_with_weights,
     sum_rows_in_float32,
 )
-from moefit.train.parallel.processes import OneProcess, Processes
+from moefit.train.parallel.processes import OneProcess, Processes, limit_waiting
 from moefit.train.settings import ParallelConfig
 
 
@@ -158,7 +158,8 @@ class DataParallel:
             `replicate`.
         batch: One dimension: processes that have different parts of a micro-batch.
         reshard: Free a layer's gathered weights after its forward pass.
-        dispatch: Spreads experts whole instead of sharding them; None to shard everything.
+        dispatch: Spreads experts whole instead of sharding them, over all processes or each of
+            several groups; None to shard everything.
         tensor: Divides experts among processes with the same part of a micro-batch; None if each
             process has a part of its own.
         mixed: Whether weights compute and travel in bfloat16, except those of routers.
@@ -226,6 +227,8 @@ class DataParallel:
 
     def clip(self, model: nn.Module, limit: float) -> float:
         """Scale all gradients to a norm of at most `limit`; return the norm before."""
+        if self.dispatch is not None:
+            self.dispatch.reduce(model.parameters())
         if self.tensor is not None:
             self.tensor.equalise(p for p in model.parameters() if p.grad is not None)
         by_mesh: dict[DeviceMesh, list[nn.Parameter]] = {}  # norms of one mesh can be combined
@@ -263,31 +266,36 @@ def parallelism(config: TrainConfig, processes: Processes, device: torch.device)
         ConfigError: The batch, the processes or their settings do not fit each other.
     """
     _check_sizes(config, processes)
-    clock = Clock(device)
+    clock = Clock(device, processes.begin)
     settings = config.parallel
     mixed = settings.mixed_precision is not None
     if processes.size == 1:
         return Single(clock=clock, processes=processes, mixed=mixed)
     mesh = _mesh(settings, processes, device)
+    limit_waiting(mesh)
     data = mesh[_HSDP] if settings.replicate > 1 else mesh["data"]
     dispatch = tensor = None
     if settings.experts == "all_to_all":
+        experts = _experts_mesh(settings, processes, device, data)
         dispatch = Dispatch(
-            mesh=data,
-            rank=processes.rank,
+            mesh=experts,
+            shares=processes.size,
+            rank=experts.get_local_rank(experts.ndim - 1),
             own_machine=own_machine(config, processes),
             hierarchical=settings.all_to_all == "hierarchical",
             capacity_factor=settings.capacity_factor,
-            clock=Clock(device),
+            clock=Clock(device, processes.begin),
         )
     if settings.expert_tensor > 1:
         # torch then sums over both in one all-reduce, so that all processes round alike.
-        mesh["data", "tensor"]._flatten("replica")
+        limit_waiting(mesh["data", "tensor"]._flatten("replica"))
         tensor = ExpertTensor(mesh=mesh["tensor"], clock=clock)
+    batch = data._flatten("batch") if settings.replicate > 1 else data
+    limit_waiting(batch)
     return DataParallel(
         processes=processes,
         mesh=data,
-        batch=data._flatten("batch") if settings.replicate > 1 else data,
+        batch=batch,
         reshard=settings.reshard,
         clock=clock,
         dispatch=dispatch,
@@ -307,16 +315,35 @@ def _mesh(settings: ParallelConfig, processes: Processes, device: torch.device) 
     return init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
 
 
+def _experts_mesh(
+    settings: ParallelConfig, processes: Processes, device: torch.device, data: DeviceMesh
+) -> DeviceMesh:
+    """Return all processes as `(copy, expert)`, or as `data` if there is one group of all."""
+    members = experts_group(settings, processes.size)
+    if members == processes.size:
+        return data
+    sizes = processes.size // members, members
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "expert"))
+    limit_waiting(mesh)
+    return mesh
+
+
+def experts_group(settings: ParallelConfig, size: int) -> int:
+    """Return how many processes share spread experts: as given, or those of a copy."""
+    return settings.expert or size // settings.replicate
+
+
 def machines(config: TrainConfig, processes: Processes) -> int:
     """Return the number of machines: as given, or as torchrun says."""
     return config.parallel.nodes or processes.nodes
 
 
 def own_machine(config: TrainConfig, processes: Processes) -> tuple[bool, ...]:
-    """Return, per process, whether it is on the machine of this one."""
+    """Return, per process that shares experts with this one, whether it is on its machine."""
     per_machine = processes.size // machines(config, processes)
-    mine = processes.rank // per_machine
-    return tuple(rank // per_machine == mine for rank in range(processes.size))
+    mine, members = processes.rank // per_machine, experts_group(config.parallel, processes.size)
+    first = processes.rank // members * members
+    return tuple(rank // per_machine == mine for rank in range(first, first + members))
 
 
 def _check_sizes(config: TrainConfig, processes: Processes) -> None:
@@ -348,10 +375,34 @@ def _check_sizes(config: TrainConfig, processes: Processes) -> None:
             "parallel.all_to_all=hierarchical has no effect, because all processes are on one "
             "machine; give all_to_all=flat, or parallel.nodes=2 to treat them as two"
         )
-    if settings.replicate > 1 and settings.experts == "all_to_all":
+    if settings.experts == "all_to_all":
+        _check_groups(settings, size, nodes)
+
+
+def _check_groups(settings: ParallelConfig, size: int, nodes: int) -> None:
+    """Raise ConfigError if experts cannot be spread over groups of processes as configured."""
+    members, per_machine = experts_group(settings, size), size // nodes
+    if members < 2:
         raise ConfigError(
-            f"parallel.replicate={settings.replicate} copies all weights, but parallel.experts="
-            "all_to_all keeps each expert in one process; give replicate=1, or experts=data"
+            f"parallel.replicate={settings.replicate} leaves one process to a copy of the model, "
+            f"which would have all experts; give parallel.expert={size}, or experts=data"
+        )
+    if size % members:
+        fits = max(n for n in range(1, min(size, members) + 1) if size % n == 0)
+        raise ConfigError(
+            f"parallel.expert={members} does not divide the {size} processes; the nearest that "
+            f"works is {fits if fits > 1 else size}"
+        )
+    if per_machine % members and members % per_machine:
+        raise ConfigError(
+            f"parallel.expert={members} processes are not equally many of each machine, which has "
+            f"{per_machine}; give a divisor of {per_machine}, or a multiple of it"
+        )
+    if settings.all_to_all == "hierarchical" and members <= per_machine:
+        raise ConfigError(
+            f"parallel.all_to_all=hierarchical has no effect, because the {members} processes that "
+            "share experts are on one machine; give all_to_all=flat, or parallel.expert="
+            f"{2 * per_machine}"
         )
 
 
@@ -384,7 +435,8 @@ def check_model(config: TrainConfig, model: PreTrainedModel, processes: int) -> 
     if settings.experts == "all_to_all":
         rule = getattr(model.config, "training_rule", None)
         rule = rule or f"top_k:{model.config.num_experts_per_tok}"
-        check_spreadable(int(model.config.num_experts), processes, rule)
+        members = 1 if processes == 1 else experts_group(settings, processes)
+        check_spreadable(int(model.config.num_experts), members, rule)
         # The last token of a sequence is a target only, but is computed too.
         rows = config.batch_size * (config.seq_len + 1) * chosen_experts(model) // processes
         lines.append(capacity_line(model.config, rows, settings.capacity_factor))

@@ -5,6 +5,7 @@ meets is raised by all, so that none waits for another.
 """
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +15,14 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moefit.errors import ConfigError, ElsewhereError, LostProcessError, MoefitError
+from moefit.train.parallel.heartbeats import ADVICE, Heartbeats
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 600.0
-_PATIENCE = timedelta(days=7)  # tokenising may take as long as the data is large
-_ADVICE = (
-    "torchrun reports which process ended first; the same command resumes from the last "
-    "checkpoint, and torchrun --max-restarts=N does so by itself"
-)
 
 
 class Processes(Protocol):
@@ -82,6 +81,10 @@ class Processes(Protocol):
         """Raise ConfigError if processes have different settings."""
         ...
 
+    def begin(self) -> None:
+        """Count a communication that this process begins: one with a lower count is behind."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OneProcess:
@@ -120,6 +123,9 @@ class OneProcess:
     def check_alike(self, settings: dict[str, Any]) -> None:
         """Do nothing."""
 
+    def begin(self) -> None:
+        """Do nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManyProcesses:
@@ -127,7 +133,7 @@ class ManyProcesses:
 
     Attributes:
         control: A gloo group for decisions.
-        patient: A gloo group for what may take the main process hours.
+        heartbeats: Of all processes.
     """
 
     rank: int
@@ -135,7 +141,7 @@ class ManyProcesses:
     node: int
     nodes: int
     control: dist.ProcessGroup
-    patient: dist.ProcessGroup
+    heartbeats: Heartbeats
 
     @property
     def is_main(self) -> bool:
@@ -155,10 +161,14 @@ class ManyProcesses:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run an action in the main process; see `Processes`."""
+        self.begin()
         box: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_main:  # it may take hours, which is more than a group waits
             box = list(_outcome(action))
-        dist.broadcast_object_list(box, src=0, group=self.patient)
+            self.heartbeats.announce()
+        else:
+            self.heartbeats.wait()
+        dist.broadcast_object_list(box, src=0, group=self.control)
         result, failure = box
         if failure is not None:
             raise failure if self.is_main else _elsewhere(failure)
@@ -166,18 +176,21 @@ class ManyProcesses:
 
     def every(self, value: T) -> list[T]:
         """Return the values of all processes by rank."""
+        self.begin()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def most(self, value: int) -> int:
         """Return the greatest value of all processes."""
+        self.begin()
         box = torch.tensor([value])
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
         return int(box)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums of values over all processes."""
+        self.begin()
         box = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(box, group=self.control)
         return box.tolist()
@@ -197,6 +210,10 @@ class ManyProcesses:
 
         everyone = self.every(settings)
         self.agreed(check)
+
+    def begin(self) -> None:
+        """Count a communication that this process begins; see `Processes`."""
+        self.heartbeats.begun += 1
 
 
 def _outcome(action: Callable[[], T]) -> tuple[T | None, MoefitError | None]:
@@ -259,19 +276,37 @@ def joined_processes(timeout: float = TIMEOUT_SECONDS) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=wait)
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait))
-        patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         dist.monitored_barrier(group=control, timeout=wait, wait_all_ranks=True)
-        processes = ManyProcesses(
-            rank=rank,
-            size=size,
-            node=_number("GROUP_RANK", rank // per_node),
-            nodes=max(1, size // per_node),
-            control=control,
-            patient=patient,
-        )
+        name = [secrets.token_hex(8)]
+        dist.broadcast_object_list(name, src=0, group=control)
+        heartbeats = Heartbeats(rank=rank, size=size, run=name[0], timeout=timeout)
+        heartbeats.start()
+    processes = ManyProcesses(
+        rank=rank,
+        size=size,
+        node=_number("GROUP_RANK", rank // per_node),
+        nodes=max(1, size // per_node),
+        control=control,
+        heartbeats=heartbeats,
+    )
+    with _ended(heartbeats), lost_as_error(rank, size, heartbeats):
         _check_machines(processes, per_node)
         yield processes
         dist.destroy_process_group()  # not after an error: waiting for lost processes could hang
+
+
+@contextmanager
+def _ended(heartbeats: Heartbeats) -> Iterator[None]:
+    """Let the other processes know how this one ends, so that none of them waits for it."""
+    try:
+        yield
+    except LostProcessError:
+        heartbeats.stop("lost")
+        raise
+    except BaseException:
+        heartbeats.stop("failed")
+        raise
+    heartbeats.stop("done")
 
 
 def _check_machines(processes: ManyProcesses, per_node: int) -> None:
@@ -286,6 +321,12 @@ def _check_machines(processes: ManyProcesses, per_node: int) -> None:
             )
 
     processes.agreed(check)
+
+
+def limit_waiting(mesh: DeviceMesh) -> None:
+    """Let the groups of a mesh wait as long as others do, instead of torch's half hour."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timedelta(seconds=TIMEOUT_SECONDS), group)
 
 
 def local_device(name: str) -> torch.device:
@@ -315,8 +356,13 @@ def local_device(name: str) -> torch.device:
 
 
 @contextmanager
-def lost_as_error(rank: int, size: int) -> Iterator[None]:
+def lost_as_error(rank: int, size: int, heartbeats: Heartbeats | None = None) -> Iterator[None]:
     """Raise LostProcessError for errors of communication.
+
+    Args:
+        rank: Of this process.
+        size: Number of processes.
+        heartbeats: Name the lost process; None before there are any.
 
     Raises:
         LostProcessError: Another process ended or did not answer.
@@ -330,6 +376,8 @@ def lost_as_error(rank: int, size: int) -> Iterator[None]:
         signs = ("gloo", "NCCL", "onnection", "imed out", "monitoredBarrier", "socket")
         if not (isinstance(error, dist.DistError) or any(sign in text for sign in signs)):
             raise
+        if heartbeats is not None:
+            raise heartbeats.lost(text[:300]) from error
         raise LostProcessError(
-            f"process {rank} of {size} lost contact with another process ({text[:300]}); {_ADVICE}"
+            f"process {rank} of {size} lost contact with another process ({text[:300]}); {ADVICE}"
         ) from error

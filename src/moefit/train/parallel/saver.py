@@ -8,6 +8,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,7 @@ from moefit.train import checkpoint
 from moefit.train.memory.low_rank import merged
 from moefit.train.parallel.state import SHARDED, RunState, load_alone
 
+_WAIT = timedelta(minutes=30)  # for the part of another process, which may be on a slow disk
 _FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, CheckpointException)
 
 
@@ -82,7 +84,7 @@ class ShardedSaver:
     def __init__(self, out: Path, state: RunState, tokenizer: PreTrainedTokenizerBase, keep: int):
         self._out, self._state, self._tokenizer, self._keep = out, state, tokenizer, keep
         # Its messages must not meet those of training, which goes on.
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_WAIT))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._step = 0
