@@ -1,11 +1,14 @@
 """A model, not a measurement: the time of a training step on clusters from 8 to 1,024 GPUs.
 
-A step takes the time of its FLOPs, the all-to-all of tokens, and the part of the traffic of weights
-and gradients that does not overlap with computing. The three constants of this form are fitted to
-steps that were measured over a throttled link (`locmoe.py`) at two rates, and the model is judged
-by what it says of a third. Then it is given GPUs: FLOPs at a range of MFU, bytes and link rates.
+Over a throttled link, a step is a sequence: layers compute, exchange tokens, gather weights and
+reduce gradients, and all of that traffic leaves a machine through one bucket of bytes, in order.
+Tokens wait for their exchange and for the weights before them; of weights only the gathering in the
+forward pass is waited for at once. Three constants are fitted to steps that were measured
+(`locmoe.py`) at two rates, and the model is judged by what it says of the others. On a cluster a
+step takes the time of its FLOPs at a range of MFU, the all-to-all of tokens, and the part of the
+traffic of weights and gradients that is taken not to overlap with computing.
 
-    python benchmarks/cluster_model.py [--record results/locmoe-traffic-2026-11-29.json] [--save]
+    python benchmarks/cluster_model.py [--record results/locmoe-traffic-2026-12-01.json] [--save]
 """
 
 import argparse
@@ -30,8 +33,9 @@ from moefit.dsmoe.presets import preset
 
 # The throttled link: `tc` lets bursts of this size pass at once (tbf, burst 256kb).
 BURST = 256e3
-EXCHANGES = 12  # all-to-alls per step: 3 layers, there and back, forward and backward
-FITTED, PREDICTED = (150.0, 90.0), 50.0  # Mbit/s
+LAYERS = 3  # with two all-to-alls in each pass: there and back
+FITTED = (150.0, 90.0)  # Mbit/s
+EXPOSED = 0.5  # assumed: the share of weights' and gradients' traffic that a GPU waits for
 
 PEAK = 989e12  # FLOP/s of an H100 in bf16, dense (its data sheet)
 MFU = (0.35, 0.5)  # of the computing alone
@@ -61,11 +65,15 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Computing of sparse and dense models in seconds; share of weights' traffic not hidden."""
+    """Computing of sparse and dense models in seconds; how uneven an exchange is.
+
+    Processes wait for the machine that sends most in an exchange, and that is another one in each:
+    `uneven` is the most of a machine, in units of the mean.
+    """
 
     sparse: float
     dense: float
-    exposed: float
+    uneven: float
 
 
 def measured(runs: dict[str, Any]) -> list[Measured]:
@@ -90,35 +98,68 @@ def _median(steps: Sequence[dict[str, float]], name: str) -> float:
     return statistics.median(step.get(name, 0.0) for step in steps)
 
 
+class Link:
+    """A bucket of bytes that refills at a rate; what is sent beyond it waits, in order.
+
+    Args:
+        rate: Bytes per second.
+    """
+
+    def __init__(self, rate: float):
+        self._rate, self._bytes, self.seconds = rate, BURST, 0.0
+
+    def compute(self, seconds: float) -> None:
+        """Let time pass, in which the bucket refills, or what waits is sent."""
+        self.seconds += seconds
+        self._bytes = min(BURST, self._bytes + seconds * self._rate)
+
+    def send(self, size: float) -> None:
+        """Give bytes to the link."""
+        self._bytes -= size
+
+    def wait(self) -> None:
+        """Let time pass until everything is sent."""
+        self.compute(max(0.0, -self._bytes) / self._rate)
+
+
 def throttled(point: Measured, constants: Constants) -> float:
-    """Return the seconds of a step over the throttled link, a bucket that refills meanwhile."""
-    rate = point.mbit * 1e6 / 8
+    """Return the seconds of a step over the throttled link, the second of two."""
+    link = Link(point.mbit * 1e6 / 8)
     computing = constants.dense if point.is_dense else constants.sparse
-    bucket, waiting = BURST, 0.0
-    size = point.tokens_out / EXCHANGES
-    for _ in range(EXCHANGES):
-        bucket = min(BURST, bucket + computing / EXCHANGES * rate)
-        waiting += max(0.0, size - bucket) / rate
-        bucket = max(0.0, bucket - size)
-    return computing + waiting + constants.exposed * point.weights_out / rate
+    tokens = constants.uneven * point.tokens_out / (4 * LAYERS)
+    weights = point.weights_out / (3 * LAYERS)  # gathered in both passes, and gradients reduced
+    for _ in range(2):
+        began = link.seconds
+        for backward, _ in itertools.product((False, True), range(LAYERS)):
+            link.send(weights)
+            if not backward:
+                link.wait()
+            for _ in range(2):  # there and back
+                link.compute(computing / (4 * LAYERS))
+                if not point.is_dense:
+                    link.send(tokens)
+                    link.wait()
+            if backward:
+                link.send(weights)
+        link.wait()
+    return link.seconds - began
 
 
 def fit(points: Sequence[Measured]) -> Constants:
     """Return the constants with the least squares of relative errors, on a grid."""
 
-    def error(constants: Constants) -> float:
-        return sum((throttled(one, constants) / one.seconds - 1) ** 2 for one in points)
+    def error(constants: Constants, some: Sequence[Measured]) -> float:
+        return sum((throttled(one, constants) / one.seconds - 1) ** 2 for one in some)
 
-    seconds = [n / 100 for n in range(40, 90)]
-    exposures = [n / 20 for n in range(21)]
+    dense = [one for one in points if one.is_dense]
     sparse = [one for one in points if not one.is_dense]
-    assert len(sparse) < len(points), "the record has no dense model"
+    assert dense and sparse, "the record has no dense, or no sparse model"
+    seconds = [n / 100 for n in range(25, 95)]
+    grid = [Constants(sparse=s, dense=s, uneven=1 + n / 20) for n in range(11) for s in seconds]
+    best = min(grid, key=lambda one: error(one, sparse))
     return min(
-        (
-            Constants(sparse=s, dense=d, exposed=e)
-            for s, d, e in itertools.product(seconds[::2], seconds[::2], exposures)
-        ),
-        key=error,
+        (Constants(sparse=best.sparse, dense=s, uneven=best.uneven) for s in seconds),
+        key=lambda one: error(one, dense),
     )
 
 
@@ -132,12 +173,12 @@ class Layout:
     spread: bool  # experts by all-to-all, or all weights sharded
     local: float = 1.0
 
-    def seconds(self, gpus: int, mfu: float, exposed: float) -> dict[str, float]:
+    def seconds(self, gpus: int, mfu: float) -> dict[str, float]:
         """Return the parts of a step: computing, tokens, and weights as far as not hidden."""
         flops = self.card.training_flops_per_token(LENGTH) * TOKENS
         computing = flops / (PEAK * mfu)
         tokens = self._tokens(gpus) if self.spread else 0.0
-        weights = exposed * self._weights(gpus)
+        weights = EXPOSED * self._weights(gpus)
         return {"computing": computing, "tokens": tokens, "weights": weights}
 
     def _group(self, gpus: int) -> int:
@@ -154,8 +195,9 @@ class Layout:
     def _weights(self, gpus: int) -> float:
         """Return the seconds of gathering weights twice and reducing gradients (HSDP).
 
-        Weights are sharded within machines, gradients summed over machines. Spread experts are not
-        gathered; their gradients are summed over the groups that have the same ones.
+        `parallel.replicate` is the number of machines, `parallel.expert` the group. Weights are
+        sharded within machines, gradients summed over machines. Spread experts are not gathered;
+        their gradients are summed over the groups that have the same ones.
         """
         experts = self.card.parameters.mlp_experts if self.spread else 0
         shared = self.card.total - experts
@@ -164,10 +206,6 @@ class Layout:
         across = 2 * shared / PER_MACHINE * (1 - 1 / machines)
         across += 2 * experts / self._group(gpus) * (1 - 1 / copies)
         return (inside + across * WEIGHT / NETWORK) / EFFICIENCY
-
-    def runs_today(self, gpus: int) -> bool:
-        """Return whether moefit trains so: it spreads experts over all processes, without HSDP."""
-        return not self.spread or gpus <= PER_MACHINE
 
     def bytes_per_gpu(self, gpus: int) -> float:
         """Return weights, gradients and AdamW's state (16 bytes each) that a GPU holds."""
@@ -190,16 +228,15 @@ def layouts(local: float) -> list[Layout]:
     ]
 
 
-def table(found: Sequence[Layout], exposed: float) -> list[dict[str, Any]]:
+def table(found: Sequence[Layout]) -> list[dict[str, Any]]:
     rows = []
     for layout, gpus, mfu in itertools.product(found, GPUS, MFU):
-        parts = layout.seconds(gpus, mfu, exposed)
+        parts = layout.seconds(gpus, mfu)
         total = sum(parts.values())
         rows.append(
             {
                 "layout": layout.name,
                 "gpus": gpus,
-                "runs_today": layout.runs_today(gpus),
                 "mfu_of_computing": mfu,
                 **{f"{name}_seconds": value for name, value in parts.items()},
                 "step_seconds": total,
@@ -238,10 +275,10 @@ def draw(errors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.8), layout="constrained")
     for used, mark in ((True, "o"), (False, "s")):
         mine = [one for one in errors if one["used_in_fit"] == used]
-        label = "fitted (150, 90 Mbit/s)" if used else "predicted (50 Mbit/s)"
+        label = "fitted (150, 90 Mbit/s)" if used else "predicted (250, 50 Mbit/s)"
         x, y = ([one[name] for one in mine] for name in ("measured_seconds", "model_seconds"))
         left.plot(x, y, mark, label=label, alpha=0.7)
-    ends = [0.6, 1.5]
+    ends = [0.4, 1.5]
     left.plot(ends, ends, "k-", lw=0.7)
     left.fill_between(ends, [0.85 * e for e in ends], [1.15 * e for e in ends], alpha=0.15)
     left.set_xlabel("measured step over a throttled link, s")
@@ -252,15 +289,7 @@ def draw(errors: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], path:
             [r for r in rows if (r["layout"], r["mfu_of_computing"]) == (name, mfu)] for mfu in MFU
         )
         ends = [[r["tokens_per_gpu_second"] for r in side] for side in (low, high)]
-        color = f"C{number}"
-        if all(r["runs_today"] for r in low):
-            right.fill_between(GPUS, *ends, alpha=0.35, label=name, color=color)
-            continue
-        label = f"{name} (dashed: moefit does not train so)"
-        for side in ends:
-            right.plot(GPUS, side, "--", color=color, label=label)
-            label = None
-            right.plot(GPUS[0], side[0], "o", color=color)
+        right.fill_between(GPUS, *ends, alpha=0.35, label=name, color=f"C{number}")
     right.set_xscale("log", base=2)
     right.set_xticks(GPUS, [str(one) for one in GPUS])
     right.set_xlabel("GPUs (8 a machine, NVLink, 400 Gbit/s each)")
@@ -282,7 +311,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).parent / "results" / "locmoe-traffic-2026-11-29.json"
+    default = Path(__file__).parent / "results" / "locmoe-traffic-2026-12-01.json"
     parser.add_argument("--record", type=Path, default=default)
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
@@ -290,16 +319,15 @@ def main() -> None:
     points = measured(runs)
     constants = fit([one for one in points if one.mbit in FITTED])
     errors = judged(points, constants)
-    rows = table(layouts(share_kept(runs, "switch + loss")), constants.exposed)
+    rows = table(layouts(share_kept(runs, "switch + loss")))
     show(errors, f"{constants}")
     show(rows, "model, not measured")
     if arguments.save:
         notes = (
-            f"a model; fitted to {arguments.record.name} at {FITTED} Mbit/s, judged at "
-            f"{PREDICTED:g}; cluster: {PEAK:.3g} FLOP/s, {NVLINK:.3g} and {NETWORK:.3g} bytes/s "
-            f"per GPU at {EFFICIENCY:.0%}, {TOKENS} tokens per GPU and step; rows with "
-            "runs_today false are layouts that the trainer refuses: it spreads experts over all "
-            "processes, at most as many as experts, and not with replicate"
+            f"a model; fitted to {arguments.record.name} at {FITTED} Mbit/s, judged at the other "
+            f"rates; cluster: {PEAK:.3g} FLOP/s, {NVLINK:.3g} and {NETWORK:.3g} bytes/s per GPU at "
+            f"{EFFICIENCY:.0%}, {TOKENS} tokens per GPU and step, {EXPOSED:.0%} of the traffic of "
+            "weights and gradients not hidden (assumed)"
         )
         results = {"constants": vars(constants), "validation": errors, "cluster": rows}
         path = record.write("cluster-model", results, notes=notes)
