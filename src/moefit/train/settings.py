@@ -371,6 +371,9 @@ class ParallelConfig(Strict):
     capacity_factor: float | None = Field(default=None, gt=0)
     """With `all_to_all`, the most tokens that a process sends to an expert, in units of an even
     share; what is beyond has no output of the layer. None is no limit."""
+    capacity_delta: float | None = Field(default=None, gt=0, lt=1)
+    """Least cosine of a token with its expert's row of the router in LocMoE's lower bound of the
+    capacity, which is printed at start; the paper measured 0.03. None is 1 / sqrt(hidden_size)."""
     expert_tensor: int = Field(default=1, gt=0)
     """Consecutive processes that share the tokens of a part of the batch and divide the experts
     of every layer among them, for the price of an all-reduce of the layer's outputs."""
@@ -384,7 +387,8 @@ class ParallelConfig(Strict):
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
-        given = {"capacity_factor": self.capacity_factor, "node_bias": self.node_bias}
+        names = ("capacity_factor", "capacity_delta", "node_bias")
+        given = {name: getattr(self, name) for name in names}
         for name, value in given.items():
             if value and self.experts != "all_to_all":
                 raise ValueError(

@@ -48,7 +48,10 @@ def test_models_that_cannot_be_spread_raise():
         ({"expert": 5}, "expert=5 does not divide the 12 processes; the nearest that works is 4"),
         ({"expert": 4}, "not equally many of each machine, which has 6; give a divisor of 6"),
         ({"replicate": 12}, "leaves one process to a copy .*; give parallel.expert=12"),
-        ({"expert": 6, "all_to_all": "hierarchical"}, "the 6 processes .*flat, or parallel.expert=12"),
+        (
+            {"expert": 6, "all_to_all": "hierarchical"},
+            "the 6 processes .*flat, or parallel.expert=12",
+        ),
     ],
 )
 def test_groups_that_cannot_share_experts_raise(settings, message):
@@ -73,6 +76,7 @@ def test_members_of_a_group_on_this_machine():
     [
         ({"parallel": {"capacity_factor": 1.5}}, "capacity_factor=1.5 has no effect"),
         ({"parallel": {"all_to_all": "hierarchical"}}, "all_to_all=hierarchical has no effect"),
+        ({"parallel": {"capacity_delta": 0.03}}, "capacity_delta=0.03 has no effect"),
         ({"parallel": {"expert": 2}}, "expert=2 has no effect"),
         ({"parallel": {"node_limit": "own"}}, "node_limit=own has no effect"),
         ({"parallel": {"node_limit": 0}}, "parallel.node_limit"),
@@ -95,8 +99,9 @@ def test_capacity_is_said_beside_the_lower_bound():
     class Config:
         num_experts, hidden_size = 16, 5120
 
-    line = capacity_line(Config(), 100, 1.25)
+    line = capacity_line(Config(), 100, 1.25, None)
     assert "8 tokens; an even share of 100 tokens is 6.2, LocMoE's lower bound 0.20" in line
+    assert "bound 1.96 (with delta 0.03)" in capacity_line(Config(), 100, None, 0.03)
 
 
 def test_half_of_torchruns_variables_raise(monkeypatch):

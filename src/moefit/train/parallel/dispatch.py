@@ -9,6 +9,7 @@ Shapes: T tokens of this process, D model width, E experts, K chosen per token, 
 token and one of its experts), P processes.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -175,19 +176,23 @@ def check_spreadable(num_experts: int, processes: int, rule: str) -> None:
         )
 
 
-def capacity_line(config: Any, tokens: int, factor: float | None) -> str:
+def capacity_line(config: Any, tokens: int, factor: float | None, delta: float | None) -> str:
     """Return one line on the capacity of experts, beside LocMoE's lower bound.
 
     Args:
         config: The model's configuration.
         tokens: Rows that one process sends per MoE layer.
         factor: c_f; None for no limit.
+        delta: Least cosine of the bound; None for 1 / sqrt(D).
     """
-    experts, bound = int(config.num_experts), least_capacity(config.hidden_size, config.num_experts)
+    experts, width = int(config.num_experts), int(config.hidden_size)
+    delta = 1 / math.sqrt(width) if delta is None else delta
+    bound = least_capacity(width, experts, delta)
     limit = "no limit" if factor is None else f"{capacity(tokens, experts, factor)} tokens"
     return (
         f"capacity of an expert per process and layer: {limit}; an even share of {tokens} tokens "
-        f"is {tokens / experts:.1f}, LocMoE's lower bound {bound:.2f}"
+        f"is {tokens / experts:.1f}, LocMoE's lower bound {bound:.2f} (with delta "
+        f"{delta:.3g})"
     )
 
 

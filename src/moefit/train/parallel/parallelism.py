@@ -439,5 +439,6 @@ def check_model(config: TrainConfig, model: PreTrainedModel, processes: int) -> 
         check_spreadable(int(model.config.num_experts), members, rule)
         # The last token of a sequence is a target only, but is computed too.
         rows = config.batch_size * (config.seq_len + 1) * chosen_experts(model) // processes
-        lines.append(capacity_line(model.config, rows, settings.capacity_factor))
+        factor, delta = settings.capacity_factor, settings.capacity_delta
+        lines.append(capacity_line(model.config, rows, factor, delta))
     return lines
