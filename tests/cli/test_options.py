@@ -10,7 +10,13 @@ from typer.testing import CliRunner
 
 from moefit.cli import app as cli
 from moefit.cli.app import ADVANCED, COMMANDS, ModeName
-from moefit.cli.options import MemoryOptions, SamplingOptions, ServingOptions, expand_options
+from moefit.cli.options import (
+    HostCompute,
+    MemoryOptions,
+    SamplingOptions,
+    ServingOptions,
+    expand_options,
+)
 from moefit.errors import ConfigError
 from moefit.serve.config import Policy
 
@@ -44,6 +50,7 @@ def test_no_options_equal_defaults() -> None:
         "sampling": SamplingOptions(seed=3),
     }
     assert not ServingOptions(context=64).is_served
+    assert ServingOptions(host_compute=HostCompute.monde).is_served, "it would be ignored"
     assert ServingOptions().mode_settings() == {"mode": "exact"}
     assert ServingOptions(bound=0.2).mode_settings() == {"mode": "exact", "bound": 0.2}
 

@@ -39,20 +39,20 @@ def test_records_what_the_routers_of_transformers_choose(tmp_path: Path) -> None
     assert np.array_equal(np.concatenate(sequences), expected_TLK.numpy())
     config = model.config
     assert (shape.name, shape.layers, shape.experts, shape.chosen, shape.bits, shape.matrices) == (
-        "routing", config.num_hidden_layers, experts, k, 32, 3
+        "routing.shape", config.num_hidden_layers, experts, k, 32, 3
     )  # fmt: skip
     assert (shape.hidden_size, shape.width) == (config.hidden_size, config.intermediate_size)
-    assert sorted(one.name for one in tmp_path.iterdir()) == [
-        "model",
-        "routing.npz",
-        "routing.yaml",
-    ]
+    names = {one.name for one in tmp_path.iterdir()}
+    assert names == {"model", "routing.npz", "routing.shape.yaml"}, "temporary files are left"
 
 
 def test_what_cannot_be_recorded_is_refused_at_once(tmp_path: Path) -> None:
     skeleton = build_skeleton(saved(tiny("Mixtral"), tmp_path / "model"))
     with pytest.raises(ConfigError, match=r"ending in \.npz"):
         check_recording(tmp_path / "routing.json", skeleton)
+    with pytest.raises(ConfigError, match="is a folder"):
+        (tmp_path / "folder.npz").mkdir()
+        check_recording(tmp_path / "folder.npz", skeleton)
     with pytest.raises(ConfigError, match="there is no folder"):
         check_recording(tmp_path / "none" / "routing.npz", skeleton)
     check_recording(tmp_path / "routing.npz", skeleton)
@@ -78,8 +78,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "give --rule top_k:K" in str(refused.exception) and not path.exists()
     made = CliRunner().invoke(app, [*command, "--routing", str(path), "--rule", "top_k:3"])
     assert made.exit_code == 0, made.output
-    assert f"moefit simulate {path} --shape {tmp_path / 'routing.yaml'}" in made.output
-    shape = str(tmp_path / "routing.yaml")
+    assert f"moefit simulate {path} --shape {tmp_path / 'routing.shape.yaml'}" in made.output
+    shape = str(tmp_path / "routing.shape.yaml")
     found = CliRunner().invoke(app, ["simulate", str(path), "--shape", shape, "--json"])
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["shape"]["chosen"] == 3

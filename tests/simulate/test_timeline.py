@@ -143,6 +143,7 @@ def test_command(tmp_path: Path) -> None:
         (("--eviction", "random"), "give one of lru"),
         (("--picture", "times.txt"), "ends in .png or .svg"),
         (("none.npz",), "is not a recorded routing"),
+        (("--skew", "inf"), "no finite number"),
         (("--seed", "-1"), "greater than or equal to 0"),
     ],
 )

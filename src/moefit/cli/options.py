@@ -230,6 +230,7 @@ class MemoryOptions:
         limits = (
             self.memory is self.host_memory is self.adapter is None
             and self.kv_cache is KvCache.model
+            and self.host_compute is HostCompute.auto
         )
         return self.exact or not (limits and self.is_native)
 

@@ -1,7 +1,7 @@
 """Record which experts a model chooses on a text, in the form that `moefit simulate` reads.
 
 Takes a served model in exact mode and windows of token ids. Gives an .npz file with the routing, as
-`routing.read_recording` reads it, and beside it a .yaml file with the sizes of the experts.
+`routing.read_recording` reads it, and beside it a file .shape.yaml with the sizes of the experts.
 
 Shapes: T tokens, L layers, K chosen per token.
 """
@@ -42,6 +42,8 @@ def check_recording(path: Path, skeleton: Skeleton) -> None:
     """
     if path.suffix != ".npz":
         raise ConfigError(f"a routing is not written as {path.name!r}; give a name ending in .npz")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a file's name")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {path.absolute().parent} to write {path.name} into")
     if skeleton.model.config.is_encoder_decoder:
@@ -73,12 +75,12 @@ class Recording:
     shape: ExpertShape
 
     def write(self, path: Path) -> Path:
-        """Write the .npz file, and return the .yaml file of the shape that is written beside it.
+        """Write the .npz file, and return the file of the shape that is written beside it.
 
         Raises:
             ConfigError: One of them cannot be written.
         """
-        shape, fields = path.with_suffix(".yaml"), self.shape.model_dump(exclude={"name"})
+        shape, fields = path.with_suffix(".shape.yaml"), self.shape.model_dump(exclude={"name"})
         try:
             with _renamed(path) as partial, partial.open("wb") as file:
                 ends = np.array(self.ends, dtype=np.int64)

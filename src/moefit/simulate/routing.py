@@ -107,11 +107,11 @@ def random_routing(shape: ExpertShape, skew: float, tokens: int, seed: int = 0) 
         seed: Of the random numbers.
     """
     generator = np.random.default_rng(seed)
-    weights_E = np.arange(1, shape.experts + 1, dtype=float) ** -skew
+    log_E = -skew * np.log(np.arange(1, shape.experts + 1))  # shares themselves may be too small
     # The K largest of log-weights with Gumbel noise are a sample without replacement.
     noise = generator.gumbel(size=(tokens, shape.layers, shape.experts))
     order_LE = np.argsort(generator.random((shape.layers, shape.experts)), axis=1)
-    scores = np.log(weights_E)[order_LE][None] + noise
+    scores = log_E[order_LE][None] + noise
     return np.argpartition(scores, -shape.chosen, axis=2)[:, :, -shape.chosen :]
 
 

@@ -1,5 +1,6 @@
 """The command `simulate`: absent experts fetched to a GPU or computed where they lie."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,8 @@ def simulate(
         )
     if slots > sizes.experts:
         raise ConfigError(f"{slots} slots, but a layer of {sizes.name} has {sizes.experts} experts")
+    if not isfinite(skew):
+        raise ConfigError(f"--skew {skew} is no finite number; give 0 for equal shares, or about 1")
     workload = Workload(batch=batch, prompt=prompt, steps=steps)
     workload.check()
     sequences = (
