@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "half.h"
 #include "levels/rows.h"
 #include "matrix.h"
 
@@ -40,7 +41,7 @@ int64_t moefit_levels();
 void moefit_linear(int64_t, const Matrix *, const void *, int64_t, int64_t, const float *, void *);
 void moefit_experts(int64_t, const Expert *, int64_t, const int64_t *, int64_t, const void *, int64_t, int64_t, float *,
                     int64_t, int64_t, int64_t, float *);
-void moefit_weighted_sum(const void *, int64_t, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, void *,
+void moefit_weighted_sum(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, void *,
                          float *);
 void moefit_decode(int64_t, const Matrix *, void *, int64_t);
 int64_t moefit_encode(int64_t, const Matrix *, int64_t, int64_t, const float *, uint8_t *, uint8_t *);
@@ -78,6 +79,12 @@ private:
 std::vector<uint16_t> bfloat16(const std::vector<float> &from) {
     std::vector<uint16_t> made(from.size());
     for (size_t i = 0; i < from.size(); i++) made[i] = to_bfloat16(from[i]);
+    return made;
+}
+
+std::vector<uint16_t> float16(const std::vector<float> &from) {
+    std::vector<uint16_t> made(from.size());
+    for (size_t i = 0; i < from.size(); i++) made[i] = half_of(from[i]);
     return made;
 }
 
@@ -131,6 +138,9 @@ void products(int64_t kind) {
     std::vector<uint16_t> x_half = bfloat16(x), y_half(y.size());
     moefit_linear(LEVEL, &weights.matrix, x_half.data(), TOKENS_IN, BF16, nullptr, y_half.data());
     print(name + " bfloat16 linear", y_half);
+    std::vector<uint16_t> x_float16 = float16(x);
+    moefit_linear(LEVEL, &weights.matrix, x_float16.data(), TOKENS_IN, F16, nullptr, y_half.data());
+    print(name + " float16 linear", y_half);
     moefit_decode(LEVEL, &weights.matrix, dense.data(), 0);
     print(name + " decode", dense);
 }
@@ -148,7 +158,7 @@ void experts(int64_t kind) {
     moefit_experts(LEVEL, all.data(), NUMBER, token.data(), ROUTED, x.data(), T, BF16, h.data(), Q, 1, RELU, y.data());
     print("kind " + std::to_string(kind) + " experts", y);
     std::vector<uint16_t> sum(T * D);
-    moefit_weighted_sum(y.data(), F32, T, 2, D, weight.data(), F32, BF16, sum.data(), energy.data());
+    moefit_weighted_sum(LEVEL, y.data(), F32, T, 2, D, weight.data(), F32, BF16, sum.data(), energy.data());
     print("kind " + std::to_string(kind) + " weighted sum", sum);
     print("kind " + std::to_string(kind) + " energy", energy);
 }

@@ -25,7 +25,7 @@ from moefit.quant.layers.attention_block import (
 from moefit.quant.layers.layer_operations import NormForm, RotaryForm, RouterKernel, RoutingKernel
 
 pytestmark = compiled
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ VARIANTS = {
 
 
 @levels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_block_is_that_of_the_reference(level, dtype) -> None:
     for shape in VARIANTS.values():
         given_step, block = (
@@ -165,10 +165,11 @@ def test_block_is_that_of_the_reference(level, dtype) -> None:
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 3)), min_size=1, max_size=4),
     variant=st.sampled_from(list(VARIANTS)),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
     int8=st.booleans(),
 )
-def test_requests_do_not_depend_on_each_other(sizes, variant, int8) -> None:
-    shape, dtype = VARIANTS[variant], torch.bfloat16
+def test_requests_do_not_depend_on_each_other(sizes, variant, dtype, int8) -> None:
+    shape = VARIANTS[variant]
     compiled_kernels = kernels()
     assert compiled_kernels is not None
     kernel = AttentionBlockKernel(compiled_kernels, shape.block(dtype), dtype, shape.cosines)
@@ -209,9 +210,13 @@ def test_int8_cache_is_close_to_the_reference() -> None:
     assert isinstance(mine.keys_GLC, Int8Rows)
 
 
-@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=str)
-def test_router_is_part_of_the_call(product) -> None:
-    shape, dtype, compiled_kernels = Shape(), torch.bfloat16, at(HERE[-1])
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16,) * 2, (torch.float16,) * 2],
+    ids=str,
+)
+def test_router_is_part_of_the_call(dtype, product) -> None:
+    shape, compiled_kernels = Shape(), at(HERE[-1])
     given_step, block = step(shape, [(2, 2)], dtype), shape.block(dtype)
     rule = ScoringRule(score="softmax", chosen="normalised")
     routing = RoutingKernel(
@@ -244,7 +249,7 @@ def test_other_shapes_are_not_supported() -> None:
     assert block.supported(dtype, 32)
     for other, cosines in ((replace(block, groups=3), 32), (block, 64), (block, 31)):
         assert not other.supported(dtype, cosines)
-    assert not block.supported(torch.float16, 32)
+    assert not block.supported(torch.float64, 32)
     narrow = Shape(width=24, cosines=24).block(dtype)
     assert not narrow.supported(dtype, 24)
     assert not replace(block, after=norm(64, dtype, seed=1)).supported(dtype, 32)

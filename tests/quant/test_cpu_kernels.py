@@ -46,6 +46,7 @@ from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, groups_of
 torch.set_num_threads(1)
 widths = pytest.mark.parametrize("bits", PLANES)
 NATIVE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = tuple(NATIVE.values())
 KINDS = [*NATIVE, *PLANES]
 
 
@@ -160,7 +161,7 @@ def test_products_of_any_shape(kind, rows, cols, tokens, size, seed: int) -> Non
 def test_token_result_does_not_depend_on_batch(level: str, kind) -> None:
     """Decoding and prompts of any length agree bitwise."""
     weight, run = weight_of(kind, 37, 200), at(level)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         x_TI = normal(70, 200).to(dtype)
         alone_TO = torch.cat([run.linear(x_TI[t : t + 1], weight, dtype) for t in range(70)])
         for count in (2, 3, 5, 8, 15, 16, 17, 21, 22, 33, 48, 70):
@@ -203,7 +204,7 @@ def test_integer_products_are_equal_at_all_levels_with_fused_multiply_add(
 ) -> None:
     for rows, cols in ((50, 200), (3, 64), (16, 1)):
         weight, x_TI = weight_of(bits, rows, cols), awkward(tokens, cols)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in DTYPES:
             some_TI = x_TI.to(dtype)
             assert_equal_with_fused_multiply_add(
                 lambda at, x=some_TI, w=weight, to=dtype: at.linear(x, w, to)
@@ -260,7 +261,7 @@ def test_nan_weights_affect_only_their_row(level: str, kind, cols: int) -> None:
     weight_RC = weight_of(kind, 9, cols)
     assert isinstance(weight_RC, Tensor)
     weight_RC[5] = torch.nan
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         y_TR = at(level).linear(normal(7, cols).to(dtype), weight_RC, dtype)
         assert y_TR[:, 5].isnan().all()
         assert y_TR[:, [0, 1, 2, 3, 4, 6, 7, 8]].isfinite().all()
@@ -297,7 +298,7 @@ def test_decoding_equals_torch_bitwise(level: str, bits: int) -> None:
 
 
 @levels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float16_scales_equal_torch(level: str, dtype: torch.dtype) -> None:
     """Includes subnormal, infinite and NaN scales and minima."""
     half_R = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
@@ -415,19 +416,25 @@ def test_nan_passes_through_experts(level: str, activation: str) -> None:
 
 
 @levels
-@pytest.mark.parametrize("kind", [8, 3, "bfloat16"])
-def test_bfloat16_rounding_equals_torch(level: str, kind) -> None:
-    x_TD = normal(6, 72).bfloat16()
-    mlp = make_mlp(kind, kind)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(8, torch.bfloat16), (3, torch.bfloat16), ("bfloat16", torch.bfloat16),
+     ("float16", torch.float16)],
+)  # fmt: skip
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_rounding_equals_torch(level: str, kind, dtype: torch.dtype, activation: str) -> None:
+    x_TD, act = normal(6, 72).to(dtype), {"silu": F.silu, "gelu": F.gelu}[activation]
+    mlp = make_mlp(kind, kind, activation=activation)
     y_RD = at(level).experts(x_TD, [mlp], [[*range(6)]])
     w_in, w_out = (dense(w).float() for w in (mlp.w_in, mlp.w_out))
-    gate_RF, up_RF = F.linear(x_TD.float(), w_in).bfloat16().chunk(2, dim=-1)
-    wanted_RD = F.linear((F.silu(gate_RF) * up_RF).float(), w_out)
-    # A hidden unit on the border of two bfloat16s may fall either way: half a step of few.
+    gate_RF, up_RF = F.linear(x_TD.float(), w_in).to(dtype).chunk(2, dim=-1)
+    wanted_RD = F.linear((act(gate_RF) * up_RF).float(), w_out)
+    # A hidden unit on the border of two numbers may fall either way: half a step of few.
     # Activations of 8 bits are coarser than bfloat16.
     difference_RD, most = (y_RD - wanted_RD).abs(), 16 if kind == 3 else 1
-    assert difference_RD.max() <= most * 2.0**-9 * wanted_RD.abs().max()
-    assert difference_RD.median() <= most * 2.0**-12 * wanted_RD.abs().max()
+    half_step = torch.finfo(dtype).eps / 4
+    assert difference_RD.max() <= most * half_step * wanted_RD.abs().max()
+    assert difference_RD.median() <= most * half_step / 8 * wanted_RD.abs().max()
 
 
 @levels
@@ -446,7 +453,7 @@ def test_token_is_the_weighted_sum_of_its_experts(level: str) -> None:
     first, second = make_mlp(4, 8, seed=0), make_mlp("float32", 3, seed=1)
     for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
         x_1D = normal(1, 72).to(x_dtype)
-        for weights_dtype in (torch.float32, torch.bfloat16):
+        for weights_dtype in (torch.float32, x_dtype):
             for mlps in ([first], [first, second, first]):  # an expert may be chosen twice
                 weights_1K = normal(1, len(mlps), seed=5).to(weights_dtype)
                 y_KD = torch.empty(len(mlps), 72)
@@ -469,9 +476,6 @@ def test_product_has_requested_dtype(level: str, tokens: int) -> None:
         assert torch.equal(at(level).linear(x_TI, weight, dtype), wanted_TO)
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @compiled
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES),
@@ -482,23 +486,57 @@ def test_weighted_sum_equals_plain_sum_bitwise(
     y_RD = normal(tokens * k, width, seed=seed)
     y_RD = y_RD.to(dtype) if seed % 2 else y_RD
     weights_TK = normal(tokens, k, seed=seed + 1).to(weights_dtype)
-    made_TD, energy_R = at("portable").weighted_sum(y_RD, weights_TK, dtype, energy=True)
     wanted_TD, wanted_energy_R = plain_weighted_sum(y_RD, weights_TK, dtype, energy=True)
-    assert made_TD.dtype == dtype
-    assert torch.equal(made_TD, wanted_TD)
-    assert energy_R is not None and wanted_energy_R is not None
-    torch.testing.assert_close(energy_R, wanted_energy_R)
-    assert at("portable").weighted_sum(y_RD, weights_TK, dtype)[1] is None
+    assert wanted_energy_R is not None
+    for level in HERE:
+        made_TD, energy_R = at(level).weighted_sum(y_RD, weights_TK, dtype, energy=True)
+        assert made_TD.dtype == dtype
+        assert torch.equal(made_TD, wanted_TD)
+        assert energy_R is not None
+        torch.testing.assert_close(energy_R, wanted_energy_R)
+        assert at(level).weighted_sum(y_RD, weights_TK, dtype)[1] is None
     loop_TD = (y_RD.to(dtype) * weights_TK.reshape(-1, 1)).view(tokens, k, width).sum(1).to(dtype)
-    torch.testing.assert_close(made_TD, loop_TD)
+    torch.testing.assert_close(wanted_TD, loop_TD)
 
 
-@compiled
-def test_nan_propagates_through_weighted_sum() -> None:
+@levels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nan_propagates_through_weighted_sum(level: str, dtype: torch.dtype) -> None:
     y_KD = torch.tensor([[float("nan"), float("inf"), 1.0], [1.0, 1.0, 1.0]])
-    made_TD, _ = at("portable").weighted_sum(y_KD, torch.ones(1, 2), torch.bfloat16)
+    made_TD, _ = at(level).weighted_sum(y_KD, torch.ones(1, 2), dtype)
     assert made_TD.isnan().tolist() == [[True, False, False]]
     assert made_TD.isinf().tolist() == [[False, True, False]]
+
+
+@levels
+def test_all_float16_numbers_are_converted_as_by_torch(level: str) -> None:
+    """And what lies between: ties, subnormal numbers, and what is too large, which is infinite."""
+    one_11 = torch.ones(1, 1)
+    half_1D = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[None]
+    wide_1D, _ = at(level).weighted_sum(half_1D, one_11, torch.float32)
+    torch.testing.assert_close(wide_1D, half_1D.float(), rtol=0, atol=0, equal_nan=True)
+    finite_D = half_1D[half_1D.isfinite()].float().sort().values
+    between_D = (finite_D[1:] + finite_D[:-1]) / 2
+    above_D, below_D = (between_D * (1 + sign * 2.0**-23) for sign in (1, -1))
+    edges_D = torch.tensor([65519.996, 65520.0, 1e30, -65519.996, -65520.0, -1e30, 2e-8, 3e-8])
+    x_1D = torch.cat([finite_D, between_D, above_D, below_D, edges_D, half_1D[0, -2048:].float()])
+    made_1D, _ = at(level).weighted_sum(x_1D[None], one_11, torch.float16)
+    torch.testing.assert_close(made_1D[0], x_1D.half(), rtol=0, atol=0, equal_nan=True)
+    assert made_1D.isinf().sum() >= 4
+    portable_1D, _ = at("portable").weighted_sum(x_1D[None], one_11, torch.float16)
+    assert torch.equal(made_1D.view(torch.int16), portable_1D.view(torch.int16)), "NaN included"
+
+
+@levels
+def test_products_beyond_float16_are_infinite(level: str) -> None:
+    x_TI = torch.full((3, 70), 300.0).half()
+    for kind in (8, "float16"):
+        weight = weight_of(kind, 5, 70)
+        weight = weight if isinstance(weight, GroupedMatrix) else weight.abs() + 10
+        y_TO = at(level).linear(x_TI, weight, torch.float16)
+        wide_TO = at(level).linear(x_TI.float(), weight)
+        assert torch.equal(y_TO, wide_TO.half())
+        assert kind == 8 or y_TO.isinf().all()
 
 
 @levels
@@ -523,7 +561,7 @@ def test_results_do_not_depend_on_the_number_of_threads(level: str, kind) -> Non
 
 @levels
 @pytest.mark.parametrize("kind", [4, "bfloat16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_experts_of_few_rows_of_many_tokens(level: str, kind, dtype: torch.dtype) -> None:
     mlps = [make_mlp(kind, kind, width=100, inner=70, seed=e) for e in range(3)]
     x_TD, tokens = normal(90, 100).to(dtype), [[89, 2, 2], [], [17]]

@@ -66,12 +66,11 @@ def test_products_equal_dense_matrices(level: str) -> None:
     rows=st.integers(1, 70),
     cols=st.integers(1, 300),
     tokens=st.integers(1, 20),
-    bfloat16=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
     seed=st.integers(0, 2**31),
 )
-def test_products_of_any_shape(level, rows, cols, tokens, bfloat16, seed: int) -> None:
-    matrix, x_TI = matrix_of(rows, cols, seed=seed), normal(tokens, cols, seed=seed)
-    x_TI = x_TI.bfloat16() if bfloat16 else x_TI
+def test_products_of_any_shape(level, rows, cols, tokens, dtype, seed: int) -> None:
+    matrix, x_TI = matrix_of(rows, cols, seed=seed), normal(tokens, cols, seed=seed).to(dtype)
     assert_product(at(level).linear(x_TI, matrix), x_TI.float(), matrix.dense())
 
 

@@ -191,7 +191,7 @@ def test_experts_equal_their_products(level: str, name: str) -> None:
 
 
 @levels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clamped_experts_with_biases_equal_their_products(level: str, dtype: torch.dtype) -> None:
     """gpt-oss's: rounded after each operation, as transformers' module is."""
     sizes = {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 1}
@@ -204,7 +204,7 @@ def test_clamped_experts_with_biases_equal_their_products(level: str, dtype: tor
     h_TF = module._apply_gate(run.linear(x_TD, mlp.w_in, dtype, biases[0].float()))
     expected = run.linear(h_TF, mlp.w_out, torch.float32, biases[1].float())
     found = run.experts(x_TD, [mlp], [range(4)])
-    slack = 2.0 ** (-7 if dtype == torch.bfloat16 else -14) * expected.abs().amax()
+    slack = max(torch.finfo(dtype).eps, 2.0**-14) * expected.abs().amax()
     assert ((found - expected).abs() <= slack).all()
     weight = torch.ones(1, 1, dtype=dtype)
     for x_D, y_D in zip(x_TD, found, strict=True):

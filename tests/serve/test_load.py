@@ -278,7 +278,7 @@ def test_blocks_have_depth(folder: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["native", "int8"])
 def test_experts_with_biases_in_float16(tmp_path: Path, precision: str) -> None:
-    """Kernels know biases in float32 and bfloat16 alone."""
+    """Kernels compute them as they do those without."""
     folder = saved(tiny("GptOss"), tmp_path)
     with load_model(folder, LoadSettings(context=64, dtype=torch.float16)) as plain:
         expected = logits(plain.model, tokens(1, 9))

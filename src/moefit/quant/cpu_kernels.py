@@ -28,11 +28,9 @@ Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
 ELEMENTWISE = ("silu", "sigmoid")
-VERSION = 23  # of the C interface; equal to that in csrc/experts.cpp
+VERSION = 24  # of the C interface; equal to that in csrc/experts.cpp
 SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}  # of activations
-ACTIVATION_DTYPES = tuple(_KINDS)
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}  # of any tensor
 Weight = Tensor | EncodedRows
 
 
@@ -95,7 +93,7 @@ class KernelMlp:
             assert biases[0].dtype == biases[1].dtype and all(map(Tensor.is_contiguous, biases))
             addresses = [one.data_ptr() for one in biases]
             self.argument.in_bias, self.argument.out_bias = addresses
-            self.argument.bias_kind = _KINDS[biases[0].dtype]
+            self.argument.bias_kind = NATIVE_DTYPES[biases[0].dtype]
         self.address = addressof(self.argument)
 
 
@@ -130,8 +128,8 @@ class Kernels:
             c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_weighted_sum.argtypes = [
-            c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
-            c_void_p,
+            c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64,
+            c_void_p, c_void_p,
         ]  # fmt: skip
         library.moefit_attention.argtypes = [
             c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
@@ -181,7 +179,7 @@ class Kernels:
         x_TI = _contiguous(x_TI if x_TI.dtype == dtype else x_TI.float())
         y_TO = x_TI.new_empty(len(x_TI), weight.rows)
         self._library.moefit_linear(
-            self._level, weight.matrix, x_TI.data_ptr(), len(x_TI), _KINDS[x_TI.dtype],
+            self._level, weight.matrix, x_TI.data_ptr(), len(x_TI), NATIVE_DTYPES[x_TI.dtype],
             None if bias_O is None else bias_O.data_ptr(), y_TO.data_ptr(),
         )  # fmt: skip
         return y_TO.to(dtype)
@@ -212,7 +210,7 @@ class Kernels:
     def decode(self, matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
         """Return the weights [O, I]."""
         out_OI = torch.empty(matrix.rows, matrix.cols, dtype=dtype)
-        if dtype in (torch.float32, torch.bfloat16):
+        if dtype in NATIVE_DTYPES:
             self._decode(matrix, out_OI)
             return out_OI
         for part, target_OI in zip(matrix.split(), out_OI.split(ROWS_AT_ONCE), strict=True):
@@ -220,8 +218,8 @@ class Kernels:
         return out_OI
 
     def _decode(self, matrix: EncodedRows, out_OI: Tensor) -> Tensor:
-        half = int(out_OI.dtype == torch.bfloat16)
-        self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), half)
+        kind = NATIVE_DTYPES[out_OI.dtype]
+        self._library.moefit_decode(self._level, _matrix(matrix), out_OI.data_ptr(), kind)
         return out_OI
 
     def encode(
@@ -289,7 +287,7 @@ class Kernels:
     ) -> Tensor:
         """Compute each expert for its tokens; return unweighted float32 y_RD, expert by expert.
 
-        For bfloat16 tokens, hidden units are rounded where torch would round them.
+        Hidden units are rounded where torch would round them.
         """
         array, first = (_Expert * len(mlps))(), 0
         for number, (mlp, its_tokens) in enumerate(zip(mlps, tokens, strict=True)):
@@ -321,7 +319,7 @@ class Kernels:
         """Return one token's weighted sum of experts: `one_token`, then `weighted_sum`."""
         one = mlps[0]
         assert all(mlp.argument.w_in.cols == x_1D.shape[1] for mlp in mlps)
-        if x_1D.dtype not in _KINDS or weights_1K.dtype not in _KINDS:
+        if x_1D.dtype not in NATIVE_DTYPES or weights_1K.dtype not in NATIVE_DTYPES:
             y_KD = torch.empty(len(mlps), one.argument.w_out.rows, dtype=torch.float32)
             self.one_token(x_1D, mlps, range(len(mlps)), y_KD)
             return self.weighted_sum(y_KD, weights_1K, x_1D.dtype, energy=energy)
@@ -330,8 +328,8 @@ class Kernels:
         energy_K = torch.empty(len(mlps), dtype=torch.float32) if energy else None
         addresses = (c_void_p * len(mlps))(*[mlp.address for mlp in mlps])
         self._library.moefit_token(
-            self._level, addresses, len(mlps), x_1D.data_ptr(), _KINDS[x_1D.dtype],
-            weights_1K.data_ptr(), _KINDS[weights_1K.dtype], int(one.gated),
+            self._level, addresses, len(mlps), x_1D.data_ptr(), NATIVE_DTYPES[x_1D.dtype],
+            weights_1K.data_ptr(), NATIVE_DTYPES[weights_1K.dtype], int(one.gated),
             ACTIVATIONS.index(one.activation), y_1D.data_ptr(),
             None if energy_K is None else energy_K.data_ptr(),
         )  # fmt: skip
@@ -353,7 +351,7 @@ class Kernels:
         h_RQ = torch.empty(len(y_RD), scratch, dtype=torch.float32)
         self._library.moefit_experts(
             self._level, array, len(mlps), None if token_R is None else token_R.data_ptr(),
-            len(y_RD), x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype],
+            len(y_RD), x_TD.data_ptr(), len(x_TD), NATIVE_DTYPES[x_TD.dtype],
             h_RQ.data_ptr(), scratch, int(one.gated), ACTIVATIONS.index(one.activation),
             y_RD.data_ptr(),
         )  # fmt: skip
@@ -384,7 +382,7 @@ class Kernels:
     def router(self, address: int, x_TD: Tensor, logits_TE: Tensor, made: Routing) -> None:
         """Compute a router; called by `quant.layers.layer_operations.RouterKernel`."""
         self._library.moefit_router(
-            self._level, address, x_TD.data_ptr(), _KINDS[x_TD.dtype], len(x_TD),
+            self._level, address, x_TD.data_ptr(), NATIVE_DTYPES[x_TD.dtype], len(x_TD),
             logits_TE.data_ptr(), made.weights_TK.data_ptr(), made.ids_TK.data_ptr(),
         )  # fmt: skip
 
@@ -422,12 +420,12 @@ class Kernels:
         )  # fmt: skip
 
     def elementwise(self, function: str, x: Tensor) -> Tensor:
-        """Return a function of each element, one of `ELEMENTWISE`, of values in `_KINDS`."""
+        """Return a function of each element, one of `ELEMENTWISE`, of values in `NATIVE_DTYPES`."""
         x = x.contiguous()
         y = torch.empty_like(x)
         self._library.moefit_elementwise(
-            self._level, ELEMENTWISE.index(function), x.data_ptr(), x.numel(), _KINDS[x.dtype],
-            y.data_ptr(),
+            self._level, ELEMENTWISE.index(function), x.data_ptr(), x.numel(),
+            NATIVE_DTYPES[x.dtype], y.data_ptr(),
         )  # fmt: skip
         return y
 
@@ -435,7 +433,12 @@ class Kernels:
         """Add a shared expert's output to y_TD; see `quant.layers.shared_expert`."""
         assert x_TD.dtype == y_TD.dtype and x_TD.shape == y_TD.shape
         self._library.moefit_add_shared(
-            self._level, address, x_TD.data_ptr(), len(x_TD), _KINDS[x_TD.dtype], y_TD.data_ptr()
+            self._level,
+            address,
+            x_TD.data_ptr(),
+            len(x_TD),
+            NATIVE_DTYPES[x_TD.dtype],
+            y_TD.data_ptr(),
         )
 
     def latent_queries(self, heads: Any, query_THC: Tensor, width: int) -> Tensor:
@@ -443,7 +446,7 @@ class Kernels:
         assert query_THC.is_contiguous()
         y_THC = torch.empty(*query_THC.shape[:2], width, dtype=torch.float32)
         self._library.moefit_latent_queries(
-            self._level, byref(heads), query_THC.data_ptr(), _KINDS[query_THC.dtype],
+            self._level, byref(heads), query_THC.data_ptr(), NATIVE_DTYPES[query_THC.dtype],
             len(query_THC), y_THC.data_ptr(),
         )  # fmt: skip
         return y_THC
@@ -453,7 +456,7 @@ class Kernels:
         assert x_THC.is_contiguous() and x_THC.dtype == torch.float32
         y_THV = torch.empty(*x_THC.shape[:2], width, dtype=dtype)
         self._library.moefit_latent_values(
-            self._level, byref(heads), x_THC.data_ptr(), _KINDS[dtype], len(x_THC),
+            self._level, byref(heads), x_THC.data_ptr(), NATIVE_DTYPES[dtype], len(x_THC),
             y_THV.data_ptr(),
         )  # fmt: skip
         return y_THV
@@ -474,17 +477,18 @@ class Kernels:
         self, y_RD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return the result of `plain_weighted_sum`; only energies differ by rounding."""
-        if any(one not in _KINDS for one in (dtype, weights_TK.dtype, y_RD.dtype)):
+        if any(one not in NATIVE_DTYPES for one in (dtype, weights_TK.dtype, y_RD.dtype)):
             return plain_weighted_sum(y_RD, weights_TK, dtype, energy=energy)
         rows, width = y_RD.shape
         assert rows == weights_TK.numel()
         y_TD = torch.empty(len(weights_TK), width, dtype=dtype)
         energy_R = torch.empty(rows, dtype=torch.float32) if energy else None
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
+        kinds = (NATIVE_DTYPES[one] for one in (y_RD.dtype, weights_TK.dtype, dtype))
+        y_kind, weights_kind, kind = kinds
         self._library.moefit_weighted_sum(
-            y_RD.data_ptr(), _KINDS[y_RD.dtype], *weights_TK.shape, width, weights_TK.data_ptr(),
-            _KINDS[weights_TK.dtype], _KINDS[dtype], y_TD.data_ptr(),
-            None if energy_R is None else energy_R.data_ptr(),
+            self._level, y_RD.data_ptr(), y_kind, *weights_TK.shape, width, weights_TK.data_ptr(),
+            weights_kind, kind, y_TD.data_ptr(), None if energy_R is None else energy_R.data_ptr(),
         )  # fmt: skip
         return y_TD, energy_R
 
@@ -561,7 +565,7 @@ def join_tokens(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
 
 
 def _contiguous(x_TI: Tensor) -> Tensor:
-    return (x_TI if x_TI.dtype in _KINDS else x_TI.float()).contiguous()
+    return (x_TI if x_TI.dtype in NATIVE_DTYPES else x_TI.float()).contiguous()
 
 
 def _padded(x_TI: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import Layout, Tensors, TensorSpec
 from moefit.quant.backend import Backend, backend, decoded
-from moefit.quant.cpu_kernels import Weight
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, Weight
 from moefit.quant.encode import Encoder, encode_into
 from moefit.quant.error_model import GAUSSIAN, relative_error
 from moefit.quant.grouped_int import (
@@ -311,7 +311,7 @@ def expert_output(layout: Layout, format: Format, weights: Weights, x_RD: Tensor
     """
     kernels = backend(x_RD.device)
     held = any(not isinstance(one, Tensor) for one in weights.values())
-    if kernels and held and x_RD.dtype in (torch.float32, torch.bfloat16):
+    if kernels and held and x_RD.dtype in NATIVE_DTYPES:
         product = partial(_kernel_product, kernels, weights)
         others = {short: one for short, one in weights.items() if isinstance(one, Tensor)}
         if (found_RD := layout.output_by(product, others, x_RD)) is not None:

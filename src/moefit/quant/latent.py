@@ -20,7 +20,7 @@ from torch import Tensor
 from moefit.graphs import outside_of_graphs
 from moefit.quant.attention import LANES, AttentionOptions, KeySegment, attend, plain_attention
 from moefit.quant.backend import decoded
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, KernelMatrix, Kernels, MatrixStruct
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, Kernels, MatrixStruct
 
 _MOST_HEADS = 16  # that attend to the latents together, so that several threads have work
 _MOST_TOKENS = 64  # whose queries are as wide as latents at the same time
@@ -62,7 +62,7 @@ class LatentHeads:
         """Return whether kernels compute it for tokens of a dtype."""
         widths = self.latent, self.rotated
         return (
-            dtype in ACTIVATION_DTYPES
+            dtype in NATIVE_DTYPES
             and self.weight.rows == self.heads * (self.keys + self.values)
             and all(one % LANES == 0 and one > 0 for one in widths)
         )

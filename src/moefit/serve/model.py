@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.moe.expert_dropout import dropout_record
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES
+from moefit.quant.cpu_kernels import NATIVE_DTYPES
 from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.swaps import StepWatcher
@@ -92,7 +92,7 @@ class ServedModel:
     def _use_latent_kernels(self) -> Callable[[], None]:
         """Attend to cached latents where kernels attend; return a function that undoes it."""
         dtype = self.model.dtype
-        if self.model.config._attn_implementation != NAME or dtype not in ACTIVATION_DTYPES:
+        if self.model.config._attn_implementation != NAME or dtype not in NATIVE_DTYPES:
             return lambda: None
         register_int8_attention()
         with self.zero_experts():

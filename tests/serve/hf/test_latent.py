@@ -82,11 +82,11 @@ def texts(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize(("name", "changes"), FORMS)
 def test_logits_are_those_of_transformers(name: str, changes: dict, tmp_path: Path) -> None:
-    """In float32 up to rounding, in bfloat16 as close to these as transformers' own."""
+    """In float32 up to rounding, in 16 bits as close to these as transformers' own."""
     sizes = {"head_dim": 16, "hidden_size": 64, **SIZES, **ALL, **changes}
     model = tiny_family(name, **sizes)
     exact = texts(model)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = model.to(dtype)
         folder = saved(model, tmp_path / str(dtype))
         with load_model(folder, LoadSettings(context=256)) as loaded:
@@ -118,7 +118,7 @@ def test_logits_are_those_of_expanded_keys(name: str, tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_answers_do_not_depend_on_chunks_and_neighbours(dtype: torch.dtype, tmp_path: Path) -> None:
     """One request's logits, in chunks of its prompt and beside others, bit by bit."""
     with served("deepseek_v3", tmp_path, sizes=SIZES, dtype=dtype) as loaded:

@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SETTINGS: list[dict[str, Any]] = [
     {"dtype": torch.float32},
     {},
-    {"precision": "int4", "dense_precision": "int8", "kv_cache": "int8"},
+    {"dtype": torch.float16, "precision": "int4", "dense_precision": "int8", "kv_cache": "int8"},
 ]
 
 

@@ -26,7 +26,7 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 SETTINGS: list[dict[str, Any]] = [
     {"dtype": torch.float32},
     {},
-    {"precision": "int4", "dense_precision": "int8"},
+    {"precision": "int4", "dense_precision": "int8", "dtype": torch.float16},
 ]
 
 

@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SETTINGS: list[dict[str, Any]] = [
     {"dtype": torch.float32},
     {},
-    {"precision": "int8", "dense_precision": "int8", "kv_cache": "int8"},
+    {"dtype": torch.float16, "precision": "int8", "dense_precision": "int8", "kv_cache": "int8"},
     {"precision": "int4", "dense_precision": "int4", "dtype": torch.float32},
 ]
 

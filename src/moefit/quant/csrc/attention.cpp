@@ -7,14 +7,11 @@
 #include <limits>
 #include <vector>
 
-#include "half.h"
 #include "matrix.h"
 #include "pool.h"
 #include "levels/rounding.h"
 
 namespace {
-
-int64_t bytes_of(int64_t kind) { return kind == INT8 ? 1 : kind == F32 ? 4 : 2; }
 
 // A tile: some queries of one request that share a KV head.
 struct Tile {
@@ -53,9 +50,7 @@ public:
         for (int64_t r = 0; r < rows_.number; r++) {
             int64_t token = tile.first + r / share, head = tile.group * share + r % share;
             int64_t at = (tile.segment->row + token) * a.query_token + head * a.query_head;
-            float *to = &query_[r * a.width];
-            if (a.kind != F16) level.widen((const char *)query + at * size, a.kind, a.width, to, a.width);
-            else for (int64_t c = 0; c < a.width; c++) to[c] = from_half(((const uint16_t *)query)[at + c]);
+            level.widen((const char *)query + at * size, a.kind, a.width, &query_[r * a.width], a.width);
             rows_.position[r] = tile.segment->past + token, rows_.head[r] = head;
             all_.largest[r] = a.sinks ? a.sinks[head] : -INFINITY;
             all_.sum[r] = a.sinks ? 1 : 0;
@@ -93,9 +88,7 @@ public:
             float *value = all_.value + r * a.value_width, inverse = 1 / all_.sum[r];
             for (int64_t c = 0; c < a.value_width; c++) value[c] *= inverse;
             int64_t at = ((tile.segment->row + tile.first + r / share) * a.heads + rows_.head[r]) * a.value_width;
-            if (a.kind == F32) std::memcpy((float *)out + at, value, 4 * a.value_width);
-            else if (a.kind == BF16) level.narrow(value, a.value_width, (uint16_t *)out + at);
-            else for (int64_t c = 0; c < a.value_width; c++) ((uint16_t *)out)[at + c] = half_of(value[c]);
+            level.narrow(value, a.kind, a.value_width, (char *)out + at * bytes_of(a.kind));
         }
     }
 

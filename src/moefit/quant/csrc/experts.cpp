@@ -15,6 +15,7 @@
 #include <cpuid.h>
 #endif
 
+#include "kinds.h"
 #include "matrix.h"
 #include "pool.h"
 #include "products.h"
@@ -47,26 +48,22 @@ float activate(float x, int64_t activation) {
     }
 }
 
-float rounded(float x) {
-    uint32_t word = uint32_t(to_bfloat16(x)) << 16;
-    std::memcpy(&x, &word, 4);
-    return x;
-}
-
-// Hidden units from gate (or input) and up; rounded where torch would round in a bfloat16 model.
-void hidden_units(const Level &use, float *h, const float *up, int64_t number, int64_t activation, bool bfloat16) {
-    if (activation == SILU) return use.silu(h, up, number, bfloat16);
-    for (int64_t f = 0; f < number; f++) {
-        float a = bfloat16 ? rounded(activate(rounded(h[f]), activation)) : activate(h[f], activation);
-        float b = !up ? a : bfloat16 ? rounded(a * rounded(up[f])) : a * up[f];
-        h[f] = b;
-    }
+// Hidden units from gate (or input) and up, which may be overwritten; rounded where torch would round in a model of a kind.
+void hidden_units(const Level &use, float *h, float *up, int64_t number, int64_t activation, int64_t kind) {
+    if (activation == SILU) return use.silu(h, up, number, kind);
+    use.round(h, kind, number);
+    for (int64_t f = 0; f < number; f++) h[f] = activate(h[f], activation);
+    use.round(h, kind, number);
+    if (!up) return;
+    use.round(up, kind, number);
+    for (int64_t f = 0; f < number; f++) h[f] *= up[f];
+    use.round(h, kind, number);
 }
 
 // Hidden units (up + 1) * gate * sigmoid(1.702 gate) of a gate up to 7 and an up within 7 of 0, from pairs of gate
-// and up; rounded where torch would round in a bfloat16 model (transformers' GptOssExperts).
-void clamped_units(const float *pairs, int64_t number, bool bfloat16, float *h) {
-    auto round = [&](float x) { return bfloat16 ? rounded(x) : x; };
+// and up; rounded where torch would round in a model of a kind (transformers' GptOssExperts).
+void clamped_units(const float *pairs, int64_t number, int64_t kind, float *h) {
+    auto round = [&](float x) { return rounded(x, kind); };
     for (int64_t f = 0; f < number; f++) {
         float gate = round(pairs[2 * f]), up = round(pairs[2 * f + 1]);
         gate = gate > 7 ? 7 : gate, up = up > 7 ? 7 : up < -7 ? -7 : up;  // not a number stays so
@@ -121,7 +118,7 @@ public:
     // From token i of x. `floats` has room for all tokens, or is empty if products read bfloat16 or digits.
     void set(int64_t i, const void *x, std::vector<float> &floats) {
         static thread_local std::vector<float> row;
-        const char *at = (const char *)x + i * cols_ * (kind_ == BF16 ? 2 : 4);
+        const char *at = (const char *)x + i * cols_ * bytes_of(kind_);
         const uint16_t *bfloat16 = kind_ == BF16 ? (const uint16_t *)at : nullptr;
         if (floats.empty() && words_.empty() && bytes_.empty()) {
             inputs_[i] = {nullptr, bfloat16, nullptr, nullptr, nullptr, nullptr};
@@ -192,6 +189,17 @@ private:
     std::unique_ptr<uint8_t, decltype(&std::free)> packed_{nullptr, &std::free};
 };
 
+// Added in an order that depends on the number alone.
+float sum_of_squares(const float *x, int64_t number) {
+    constexpr int64_t LANES = 16;
+    float squares[LANES] = {};
+    int64_t whole = number / LANES * LANES;
+    for (int64_t d = 0; d < whole; d += LANES)
+        for (int64_t i = 0; i < LANES; i++) squares[i] += x[d + i] * x[d + i];
+    for (int64_t i = 0; i < number - whole; i++) squares[i] += x[whole + i] * x[whole + i];
+    return std::accumulate(squares, squares + LANES, 0.0f);
+}
+
 }  // namespace
 
 void multiply(const Level &use, const Product *products, int64_t number, const void *x_TI, int64_t tokens, int64_t kind) {
@@ -228,8 +236,7 @@ void multiply(const Level &use, const Product *products, int64_t number, const v
             float *from = &made[t * chunk[n]];
             int64_t to = (part * slice + t) * rows + c;
             for (int64_t r = c; r < last && product.bias; r++) from[r - c] += product.bias[r];
-            if (kind == BF16) write(from, last - c, (uint16_t *)product.y_TO + to);
-            else std::memcpy((float *)product.y_TO + to, from, 4 * (last - c));
+            write(from, kind, last - c, (char *)product.y_TO + to * bytes_of(kind));
         }
     });
 }
@@ -238,7 +245,7 @@ extern "C" {
 
 // Increased with every change of a signature or structure, together with VERSION in quant/cpu_kernels.py:
 // a library of older sources is then not used.
-int64_t moefit_version() { return 23; }
+int64_t moefit_version() { return 24; }
 
 #if defined(__x86_64__)
 // Whether there is an instruction for float16; uses CPUID because older compilers do not know its name.
@@ -267,7 +274,7 @@ int64_t moefit_levels() {
     return found;
 }
 
-// y_TO = x_TI W^T + bias, both float32 or both bfloat16; bias is null or float32.
+// y_TO = x_TI W^T + bias, tokens and results of a kind; bias is null or float32.
 void moefit_linear(int64_t level, const Matrix *m, const void *x_TI, int64_t tokens, int64_t kind, const float *bias,
                    void *y_TO) {
     Product product = {m, bias, y_TO};
@@ -281,13 +288,13 @@ static void dot_and_add(const Level &use, const Matrix &m, int64_t first, int64_
     if (!bias) return;
     static thread_local std::vector<float> values;
     values.resize(last - first);
-    use.widen((const char *)bias + first * (kind == BF16 ? 2 : 4), kind, last - first, values.data(), last - first);
+    use.widen((const char *)bias + first * bytes_of(kind), kind, last - first, values.data(), last - first);
     for (int64_t t = 0; t < panel.tokens; t++)
         for (int64_t r = first; r < last; r++) y[t][r] += values[r - first];
 }
 
 // Hidden units first to last - 1 of an expert whose gates and ups are in turn.
-static void clamped_hidden(const Level &use, const Expert &e, int64_t first, int64_t last, const Panel &panel, bool bfloat16,
+static void clamped_hidden(const Level &use, const Expert &e, int64_t first, int64_t last, const Panel &panel, int64_t kind,
                            float *const *h) {
     static thread_local std::vector<float> made;
     static thread_local std::vector<float *> y;
@@ -296,13 +303,13 @@ static void clamped_hidden(const Level &use, const Expert &e, int64_t first, int
     for (int64_t t = 0; t < panel.tokens; t++) y[t] = &made[t * width] - 2 * first;
     dot_and_add(use, e.in, 2 * first, 2 * last, panel, e.in_bias, e.bias_kind, y.data());
     for (int64_t t = 0; t < panel.tokens; t++)
-        clamped_units(&made[t * width], last - first, bfloat16, h[t] + first);
+        clamped_units(&made[t * width], last - first, kind, h[t] + first);
 }
 
 // Every routed row through its expert, unweighted: y_RD, as many rows as are routed; rows of no
 // expert are not written.
 //
-// x_TD: float32 or, then hidden units are rounded, bfloat16 (kind). token_R: the token of each routed row;
+// x_TD: of a kind, to which hidden units are rounded. token_R: the token of each routed row;
 // null, the first. h_RQ: scratch, where Q is in whole groups and at least the rows of `in`.
 void moefit_experts(int64_t level, const Expert *experts, int64_t number, const int64_t *token_R,
                     int64_t routed, const void *x_TD, int64_t T, int64_t kind, float *h_RQ, int64_t Q,
@@ -337,14 +344,14 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
         int64_t i0 = item % i_chunks * i_chunk, i1 = std::min(i0 + i_chunk, I);
         const Panel &panel = panels[item / i_chunks];
         float *const *to = h.data() + e.first;
-        if (activation == CLAMPED) clamped_hidden(use, e, i0, i1, panel, kind == BF16, to);
+        if (activation == CLAMPED) clamped_hidden(use, e, i0, i1, panel, kind, to);
         else dot_and_add(use, e.in, i0, i1, panel, e.in_bias, e.bias_kind, to);
     });
     each(routed, [&](int64_t r) {
-        if (activation != CLAMPED) hidden_units(use, h[r], gated ? h[r] + F : nullptr, F, activation, kind == BF16);
+        if (activation != CLAMPED) hidden_units(use, h[r], gated ? h[r] + F : nullptr, F, activation, kind);
         // The padding overwrites the up projection, which is no longer needed.
         std::fill(h[r] + F, h[r] + groups_of(F) * GROUP, 0.0f);
-        if (kind == BF16) use.narrow(h[r], F, &halves[r * F]);
+        if (kind == BF16) use.narrow(h[r], BF16, F, &halves[r * F]);
         hidden.set(r, h[r], kind == BF16 ? &halves[r * F] : nullptr);
     });
     for (int64_t n = 0; n < number; n++) hidden_panels.add(experts[n].down, hidden.at(experts[n].down, experts[n].first), experts[n].rows);
@@ -359,15 +366,14 @@ void moefit_experts(int64_t level, const Expert *experts, int64_t number, const 
 
 // Sum of each token's outputs, in order: y_TD = sum of weight * y over K, rounded wherever torch would.
 //
-// kind: of the tokens, thus of y_TD; y_RD, T * K rows of y_kind, counts as rounded to it. All are float32 or
-// bfloat16; where tokens and weights are bfloat16, products are. energy_R: null, or each weighted output's
-// squares, summed.
-void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D, const void *weights_R,
-                         int64_t weights_kind, int64_t kind, void *y_TD, float *energy_R) {
+// kind: of the tokens, thus of y_TD; y_RD, T * K rows of y_kind, counts as rounded to it. Where weights are of the tokens'
+// kind, products are rounded to it. energy_R: null, or each weighted output's squares, summed.
+void moefit_weighted_sum(int64_t level, const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D,
+                         const void *weights_R, int64_t weights_kind, int64_t kind, void *y_TD, float *energy_R) {
     constexpr int64_t LANES = 16, PARTS = 4;
+    const Level &use = level_of(level);
     std::vector<float> weight(T * K);
-    PORTABLE.widen(weights_R, weights_kind, T * K, weight.data(), T * K);
-    bool round = kind == BF16, round_products = round && weights_kind == BF16;
+    use.widen(weights_R, weights_kind, T * K, weight.data(), T * K);
     // Columns are independent but for the squares.
     int64_t part = energy_R ? D : std::max((D / PARTS + LANES - 1) / LANES * LANES, LANES), parts = (D + part - 1) / part;
     each(T * parts, [&](int64_t item) {
@@ -375,24 +381,15 @@ void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K,
         static thread_local std::vector<float> total, output;
         total.assign(width, 0.0f), output.resize(width);
         for (int64_t r = t * K; r < (t + 1) * K; r++) {
-            float squares[LANES] = {};
-            const char *y = (const char *)y_RD + (r * D + begin) * (y_kind == BF16 ? 2 : 4);
-            PORTABLE.widen(y, y_kind, width, output.data(), width);
-            auto add = [&](int64_t d, int64_t lanes) {
-                for (int64_t i = 0; i < lanes; i++) {
-                    float y = round ? rounded(output[d + i]) : output[d + i], product = y * weight[r];
-                    product = round_products ? rounded(product) : product;
-                    total[d + i] += product;
-                    squares[i] += product * product;
-                }
-            };
-            int64_t whole = width / LANES * LANES;
-            for (int64_t d = 0; d < whole; d += LANES) add(d, LANES);  // a constant, for vectors
-            add(whole, width - whole);
-            if (energy_R) energy_R[r] = std::accumulate(squares, squares + LANES, 0.0f);
+            use.widen((const char *)y_RD + (r * D + begin) * bytes_of(y_kind), y_kind, width, output.data(), width);
+            if (y_kind != kind) use.round(output.data(), kind, width);
+            float factor = weight[r];  // in a register: outputs could be where it is
+            for (float &one : output) one *= factor;
+            if (weights_kind == kind) use.round(output.data(), kind, width);
+            for (int64_t d = 0; d < width; d++) total[d] += output[d];
+            if (energy_R) energy_R[r] = sum_of_squares(output.data(), width);
         }
-        if (kind == BF16) PORTABLE.narrow(total.data(), width, (uint16_t *)y_TD + t * D + begin);
-        else std::memcpy((float *)y_TD + t * D + begin, total.data(), 4 * width);
+        use.narrow(total.data(), kind, width, (char *)y_TD + (t * D + begin) * bytes_of(kind));
     });
 }
 
@@ -407,20 +404,16 @@ void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const 
     int64_t Q = groups_of(std::max(chosen[0].in.rows, chosen[0].down.cols)) * GROUP;
     std::unique_ptr<float[]> h_KQ(new float[K * Q]), y_KD(new float[K * D]);
     moefit_experts(level, chosen.data(), K, nullptr, K, x_D, 1, kind, h_KQ.get(), Q, gated, activation, y_KD.get());
-    moefit_weighted_sum(y_KD.get(), F32, 1, K, D, weights_K, weights_kind, kind, y_D, energy_K);
+    moefit_weighted_sum(level, y_KD.get(), F32, 1, K, D, weights_K, weights_kind, kind, y_D, energy_K);
 }
 
-// All weights of a matrix, [rows, cols], as float32 or, rounded to nearest even, bfloat16.
-void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t bfloat16) {
+// All weights of a matrix, [rows, cols], rounded to a kind of activations.
+void moefit_decode(int64_t level, const Matrix *m, void *out, int64_t kind) {
     each((m->rows + SLAB - 1) / SLAB, [&](int64_t slab) {
         std::vector<float> row(groups_of(m->cols) * GROUP);
         for (int64_t r = slab * SLAB; r < std::min(m->rows, (slab + 1) * SLAB); r++) {
             level_of(level).decode(*m, r, row.data());
-            if (!bfloat16) {
-                std::memcpy((float *)out + r * m->cols, row.data(), 4 * m->cols);
-                continue;
-            }
-            level_of(level).narrow(row.data(), m->cols, (uint16_t *)out + r * m->cols);
+            level_of(level).narrow(row.data(), kind, m->cols, (char *)out + r * m->cols * bytes_of(kind));
         }
     });
 }

@@ -23,8 +23,11 @@ static inline uint16_t to_half(float x) {
 
 // Rounded as the hardware's conversion does, including infinities and NaN.
 static inline uint16_t half_of(float x) {
-    if (x != x) return 0x7e00;
-    return std::fabs(x) < 65520 ? to_half(x) : x < 0 ? 0xfc00 : 0x7c00;
+    if (std::fabs(x) < 65520) return to_half(x);
+    uint32_t word;
+    std::memcpy(&word, &x, 4);
+    uint32_t sign = (word >> 16) & 0x8000;
+    return uint16_t(sign | (x == x ? 0x7c00 : 0x7e00 | ((word >> 13) & 0x3ff)));
 }
 
 static inline float from_half(uint16_t bits) {

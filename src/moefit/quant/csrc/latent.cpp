@@ -40,14 +40,12 @@ void each_rows(const Level &level, const LatentHeads &l, int64_t begin, int64_t 
     }
 }
 
-int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : 2; }
-
 }  // namespace
 
 extern "C" {
 
 // y[t][h] = query[t][h]'s first elements times the head's rows of W_K, then its last, rotated elements. query:
-// [tokens, heads, keys + rotated], consecutive, float32 or bfloat16 (kind); y: [tokens, heads, latent + rotated].
+// [tokens, heads, keys + rotated], consecutive, of a kind; y: [tokens, heads, latent + rotated].
 void moefit_latent_queries(int64_t level, const LatentHeads *heads, const void *query, int64_t kind, int64_t tokens, float *y) {
     const Level &use = level_of(level);
     const LatentHeads &l = *heads;
@@ -68,7 +66,7 @@ void moefit_latent_queries(int64_t level, const LatentHeads *heads, const void *
 }
 
 // y[t][h] = the head's rows of W_V times x[t][h]. x: [tokens, heads, latent], float32; y: [tokens, heads, values],
-// float32 or bfloat16 (kind).
+// of a kind.
 void moefit_latent_values(int64_t level, const LatentHeads *heads, const float *x, int64_t kind, int64_t tokens, void *y) {
     const Level &use = level_of(level);
     const LatentHeads &l = *heads;
@@ -81,8 +79,7 @@ void moefit_latent_values(int64_t level, const LatentHeads *heads, const float *
         });
         for (int64_t t = 0; t < number; t++) {
             int64_t at = ((first + t) * l.heads + head) * l.values;
-            if (kind == F32) std::copy_n(&made[t * l.values], l.values, (float *)y + at);
-            else use.narrow(&made[t * l.values], l.values, (uint16_t *)y + at);
+            use.narrow(&made[t * l.values], kind, l.values, (char *)y + at * bytes_of(kind));
         }
     });
 }

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "half.h"
+#include "kinds.h"
 #include "matrix.h"
 #include "pool.h"
 #include "products.h"
@@ -16,8 +16,6 @@
 namespace {
 
 constexpr int64_t ENOUGH = 1 << 15;  // elements that are worth a thread's while
-
-int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : 2; }
 
 // Call `f` for rows 0 to number - 1, on several threads if there are many.
 template <typename F>
@@ -30,28 +28,6 @@ void each_row(int64_t number, int64_t width, const F &f) {
     each((number + share - 1) / share, [&](int64_t item) {
         for (int64_t row = item * share; row < std::min((item + 1) * share, number); row++) f(row);
     });
-}
-
-float load(const void *from, int64_t kind, int64_t at) {
-    if (kind == F32) return ((const float *)from)[at];
-    uint16_t half = ((const uint16_t *)from)[at];
-    if (kind == F16) return from_half(half);
-    uint32_t word = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-void store(float value, void *to, int64_t kind, int64_t at) {
-    if (kind == F32) ((float *)to)[at] = value;
-    else ((uint16_t *)to)[at] = kind == F16 ? half_of(value) : to_bfloat16(value);
-}
-
-float rounded(float value, int64_t kind) {
-    uint16_t half;
-    if (kind == F32) return value;
-    store(value, &half, kind, 0);
-    return load(&half, kind, 0);
 }
 
 // How a router chooses, as moe/scoring.py's ScoringRule does; `bias` and `factor` are null or [experts].
@@ -208,7 +184,7 @@ struct Router {
     Routing rule;
 };
 
-// x: [tokens, width], float32 or bfloat16 (kind).
+// x: [tokens, width], of a kind.
 void moefit_router(int64_t level, const Router *router, const void *x, int64_t kind, int64_t tokens, void *logits_TE,
                    void *weights_TK, int64_t *ids_TK) {
     const Level &use = level_of(level);

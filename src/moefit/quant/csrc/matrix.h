@@ -32,7 +32,7 @@ struct Matrix {
 // activations is small beside that of their own rounding (has_bytes).
 struct Input {
     const float *x;
-    const uint16_t *bfloat16;  // the same values, not padded; null if the model's activations are float32
+    const uint16_t *bfloat16;  // the same values, not padded; null if the model's activations are of another kind
     const int8_t *digits;      // 4 high parts, their 4 low parts, the next 4 high parts, ...; or high parts alone; or null
     const float *scale;        // of the group's integers
     const float *sum;          // of the group's values as the integers represent them
@@ -81,8 +81,8 @@ constexpr int64_t digit_bytes(bool bytes) { return bytes ? GROUP : 2 * GROUP; }
 inline bool has_words(const Matrix &m) { return has_digits(m) && !has_bytes(m); }
 inline int64_t digit_bytes(const Matrix &m) { return digit_bytes(has_bytes(m)); }
 
-// Bytes of a weight of a matrix of floats.
-constexpr int64_t float_bytes(int64_t kind) { return kind == F32 ? 4 : kind == FP8 ? 1 : 2; }
+// Bytes of an element: a float of any kind, or a code of an INT8 cache.
+constexpr int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : kind == FP8 || kind == INT8 ? 1 : 2; }
 
 inline float fp8_scale(const Matrix &m, int64_t row, int64_t column) {
     int64_t number = (m.cols + FP8_GROUP - 1) / FP8_GROUP;
@@ -153,12 +153,15 @@ struct Level {
     void (*pack)(const Matrix &, const Input *x, int64_t tokens, uint8_t *packed);
     // One row's weights as float, padding included.
     void (*decode)(const Matrix &, int64_t row, float *out);
-    // Round floats to bfloat16.
-    void (*narrow)(const float *, int64_t number, uint16_t *out);
+    // Convert floats to a kind of activations: float32, or rounded to nearest even, bfloat16 or float16, in which what is
+    // too large becomes infinity.
+    void (*narrow)(const float *, int64_t kind, int64_t number, void *to);
     // The same without leaving the results in a cache, where that is faster for strided rows.
-    void (*narrow_past)(const float *, int64_t number, uint16_t *out);
-    // Convert float32 or bfloat16 to floats, padded with zeros to `width`.
+    void (*narrow_past)(const float *, int64_t kind, int64_t number, void *to);
+    // Convert activations to floats, padded with zeros to `width`.
     void (*widen)(const void *, int64_t kind, int64_t number, float *to, int64_t width);
+    // Round floats in place to the values of a kind of activations.
+    void (*round)(float *, int64_t kind, int64_t number);
     // Convert a group of activations to the integers of `Input`, without low parts if `bytes`.
     void (*integers)(const float *x, bool bytes, int8_t *digits, float *scale, float *sum, int32_t *quarters);
     // Add keys first to last - 1 of one span to the running softmax of these rows (attention.h).
@@ -169,8 +172,8 @@ struct Level {
     void (*norm)(const Norm &, const void *x, void *y);
     // The rotated elements of one head.
     void (*rotate)(const Rotary &, const void *cos, const void *sin, const void *x, void *y);
-    // gate = silu(gate) * up, or without up if it is null; rounded where torch would round in a bfloat16 model.
-    void (*silu)(float *gate, const float *up, int64_t number, bool bfloat16);
+    // gate = silu(gate) * up, or without up if it is null; rounded where torch would round in a model of a kind.
+    void (*silu)(float *gate, const float *up, int64_t number, int64_t kind);
     // y[t] += the rows, each times an element of x[t]; y[t][r] = the row r . x[t] (levels/latent.h).
     void (*add_rows)(const RowProduct &);
     void (*dot_rows)(const RowProduct &);

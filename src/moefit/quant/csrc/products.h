@@ -8,7 +8,7 @@ struct Product {
     void *y_TO;
 };
 
-// y_TO = x_TI W^T + bias of each product, all float32 or all bfloat16 (kind). Results do not depend on which
+// y_TO = x_TI W^T + bias of each product, tokens and results of a kind. Results do not depend on which
 // products are computed together.
 void multiply(const Level &use, const Product *products, int64_t number, const void *x_TI, int64_t tokens, int64_t kind);
 
@@ -25,6 +25,6 @@ struct Expert {
     Matrix in, down;
     int64_t first, rows;
     const void *in_bias, *down_bias;
-    int64_t bias_kind;  // F32 or BF16
+    int64_t bias_kind;
 };
 }

@@ -29,7 +29,6 @@ from moefit.quant.attention import (
     plain_attention,
 )
 from moefit.quant.cpu_kernels import (
-    ACTIVATION_DTYPES,
     NATIVE_DTYPES,
     Kernels,
 )
@@ -154,7 +153,7 @@ class AttentionBlock:
         ]
         rotated = self.rotary.rotated(cosines)
         return (
-            dtype in ACTIVATION_DTYPES
+            dtype in NATIVE_DTYPES
             and all((one.weight.rows, one.weight.cols) == shape for one, shape in shapes)
             and self.after.width == width
             and all(

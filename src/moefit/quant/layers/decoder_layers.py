@@ -231,7 +231,7 @@ def compute_layers(
         kernels: The compiled library.
         layers: Layers of equal widths, requests and `RouterSizes` if they have experts, one after
             the other.
-        x_TD: Hidden states, consecutive, in one of `ACTIVATION_DTYPES`.
+        x_TD: Hidden states, consecutive, in one of `NATIVE_DTYPES`.
         cos_TR: Cosines of each token.
         sin_TR: Sines.
         loads: Loads experts that are missing.

@@ -344,7 +344,7 @@ class RouterKernel:
         kernels: The compiled library.
         matrix: The weight [E, D].
         bias_E: The linear layer's bias in float32; None for none.
-        product: The dtype in which logits are computed, one of `ACTIVATION_DTYPES`.
+        product: The dtype in which logits are computed, one of `NATIVE_DTYPES`.
         logits: The dtype to which they are rounded.
         routing: The choice.
     """
@@ -372,7 +372,7 @@ class RouterKernel:
         return logits_TE, self.routing.empty(tokens)
 
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
-        """Return logits and the choice for consecutive tokens in one of `ACTIVATION_DTYPES`."""
+        """Return logits and the choice for consecutive tokens in one of `NATIVE_DTYPES`."""
         logits_TE, made = self.empty(len(x_TD))
         self._kernels.router(self.address, x_TD.contiguous(), logits_TE, made)
         return logits_TE, made

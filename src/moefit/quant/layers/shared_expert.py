@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moefit.graphs import outside_of_graphs
 from moefit.quant.backend import decoded
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, KernelMatrix, Kernels, MatrixStruct
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMatrix, Kernels, MatrixStruct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,7 +67,7 @@ class SharedExpert:
         shapes = [(self.gate, (hidden, width)), (self.up, (hidden, width))]
         if self.factor is not None:
             shapes.append((self.factor, (1, width)))
-        return dtype in ACTIVATION_DTYPES and all(
+        return dtype in NATIVE_DTYPES and all(
             (one.weight.rows, one.weight.cols) == shape for one, shape in shapes
         )
 
@@ -100,7 +100,7 @@ class SharedExpertKernel:
 
     @outside_of_graphs
     def add(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
-        """Return y + the expert's output for x; both in one of `ACTIVATION_DTYPES`.
+        """Return y + the expert's output for x; both in one of `NATIVE_DTYPES`.
 
         Args:
             x_TD: Tokens.

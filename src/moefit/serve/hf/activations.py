@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefit.graphs import outside_of_graphs
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels
 from moefit.serve.hf.rotary import with_globals
 
 
@@ -80,7 +80,7 @@ def use_activation_kernels(model: nn.Module, dtype: torch.dtype) -> Callable[[],
     Returns:
         A function that undoes the change.
     """
-    if kernels() is None or dtype not in ACTIVATION_DTYPES:
+    if kernels() is None or dtype not in NATIVE_DTYPES:
         return lambda: None
     changed: list[nn.Module] = []
     for module in model.modules():

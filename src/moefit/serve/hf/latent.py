@@ -24,7 +24,8 @@ from moefit.quant.latent import LatentHeads, LatentSegment, attend_to_latents
 from moefit.serve.hf.native_linear import addresses_of, linear_of
 
 _LOG = logging.getLogger(__name__)
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
+# Of the largest logit.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.0125, torch.bfloat16: 0.1}
 
 
 class LatentRows(Tensor):

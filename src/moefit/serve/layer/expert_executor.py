@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moefit.moe.families import Layout
 from moefit.quant.backend import Backend, backend
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, NATIVE_DTYPES, KernelMlp, Kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, KernelMlp, Kernels
 from moefit.quant.format import DECODED, Format, expert_output
 from moefit.quant.layers.decoder_layers import ExpertAddresses
 from moefit.serve.cache.slot import Slot
@@ -133,10 +133,8 @@ def fused_experts(layout: Layout, device: torch.device) -> FusedExperts | None:
     kernels, shape = backend(device), layout.mlp
     if kernels is None or shape is None or (shape.biases and device.type != "cpu"):
         return None
-    matrices = layout.specs[shape.w_in], layout.specs[shape.w_out]
-    biases = [layout.specs[name] for name in shape.biases or ()]
-    supported = all(spec.dtype in NATIVE_DTYPES for spec in matrices)
-    supported &= all(spec.dtype in ACTIVATION_DTYPES for spec in biases)
+    names = shape.w_in, shape.w_out, *(shape.biases or ())
+    supported = all(layout.specs[name].dtype in NATIVE_DTYPES for name in names)
     return FusedExperts(layout, kernels) if supported else None
 
 

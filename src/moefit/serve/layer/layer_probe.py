@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from moefit.cache_argument import CACHE_NAMES, forward_with_cache
 from moefit.moe.routing import Routing
 from moefit.quant.attention import AttentionOptions
-from moefit.quant.cpu_kernels import ACTIVATION_DTYPES, kernels
+from moefit.quant.cpu_kernels import NATIVE_DTYPES, kernels
 from moefit.quant.kv_int8 import Int8Rows
 from moefit.serve.hf.attention import RECORDED_NAME
 from moefit.serve.hf.latent import LatentRows
@@ -65,7 +65,7 @@ def use_layer_kernels(
         for module in changed:
             vars(module).pop("forward", None)
 
-    if kernels() is None or dtype not in ACTIVATION_DTYPES or model.config.is_encoder_decoder:
+    if kernels() is None or dtype not in NATIVE_DTYPES or model.config.is_encoder_decoder:
         return undo
     found = _by_module(model)
     if not found or (context is not None and context < _PROMPT + 1):

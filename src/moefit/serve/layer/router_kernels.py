@@ -20,7 +20,6 @@ from moefit.graphs import outside_of_graphs
 from moefit.moe.routing import Routing
 from moefit.moe.scoring import ScoringRule
 from moefit.quant.cpu_kernels import (
-    ACTIVATION_DTYPES,
     NATIVE_DTYPES,
     KernelMatrix,
     Kernels,
@@ -82,8 +81,6 @@ class RouterForward:
         self._module, self.form = module, form
         self._own: Callable[..., Any] = type(module).forward
         self._kernel: RouterKernel | None = None
-        self._bias_E: Tensor | None = None
-        self._in_one_call = {form.dtype, form.product} <= {*ACTIVATION_DTYPES}
 
     @outside_of_graphs
     def __call__(self, x: Tensor, *others: Any, **named: Any) -> Any:
@@ -104,13 +101,7 @@ class RouterForward:
         kernel = self._kernel
         if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():
             kernel = self._prepare(compiled, weight_ED)
-        x_TD = x.reshape(-1, x.shape[-1])
-        if self._in_one_call:
-            logits_TE, routing = kernel(x_TD)
-        else:
-            product_TE = compiled.linear(x_TD, kernel.matrix, form.product, self._bias_E)
-            logits_TE = product_TE.to(form.logits)
-            routing = kernel.routing(logits_TE)
+        logits_TE, routing = kernel(x.reshape(-1, x.shape[-1]))
         made: list[Tensor] = [logits_TE] * 3
         made[form.order[1]], made[form.order[2]] = routing.weights_TK, routing.ids_TK
         return tuple(made)
@@ -121,9 +112,9 @@ class RouterForward:
         return self._kernel.routing(logits_TE)
 
     def kernel(self) -> RouterKernel | None:
-        """Return the router as one call; None if it is of another dtype or there are no kernels."""
+        """Return the router as one call; None if there are no kernels."""
         compiled, weight_ED = kernels(), cast(Tensor, self._module._parameters["weight"])
-        if compiled is None or not self._in_one_call:
+        if compiled is None:
             return None
         kernel = self._kernel
         if kernel is None or kernel.matrix.matrix.codes != weight_ED.data_ptr():
@@ -133,7 +124,7 @@ class RouterForward:
     def _prepare(self, compiled: Kernels, weight_ED: Tensor) -> RouterKernel:
         form, plain_ED = self.form, weight_ED.detach().as_subclass(Tensor)
         bias = form.linear_bias and self._module._parameters[form.linear_bias]
-        self._bias_E = bias.detach().float().contiguous() if isinstance(bias, Tensor) else None
+        bias_E = bias.detach().float().contiguous() if isinstance(bias, Tensor) else None
         routing = RoutingKernel(
             compiled,
             form.rule,
@@ -145,7 +136,7 @@ class RouterForward:
         self._kernel = RouterKernel(
             compiled,
             KernelMatrix(plain_ED),
-            self._bias_E,
+            bias_E,
             product=form.product,
             logits=form.logits,
             routing=routing,
@@ -301,7 +292,10 @@ def _agrees(form: RouterForm, module: nn.Module, x_TD: Tensor, found: Sequence[T
     own_logits, own_weights, own_ids = (found[at] for at in form.order)
     given = (form.bias_E,) if form.takes_bias else ()
     logits = forward(x_TD, *given)[form.order[0]]
-    if not _close(logits, own_logits):
+    # Logits that are wider than their product have its values.
+    if not torch.equal(own_logits.to(form.product).to(own_logits.dtype), own_logits):
+        return False
+    if not _close(logits, own_logits, torch.finfo(form.product).eps):
         return False
     routing, own = _sorted(forward.choose(own_logits)), _sorted(Routing(own_ids, own_weights))
     clear_T = _clear(own_logits, own_ids.shape[1], form)
@@ -328,9 +322,15 @@ def _clear(logits_TE: Tensor, chosen: int, form: RouterForm) -> Tensor:
     return best_TK[:, -2] - best_TK[:, -1] > 1e-4 * best_TK[:, -2].abs()
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Return whether rows are equal up to rounding, which is relative to their largest value."""
-    step = max(torch.finfo(one.dtype).eps, 1e-5)
+def _close(one: Tensor, other: Tensor, step: float = 0.0) -> bool:
+    """Return whether rows are equal up to rounding, which is relative to their largest value.
+
+    Args:
+        one: Rows.
+        other: Rows.
+        step: Of what they were rounded to before, if that was coarser than their dtype.
+    """
+    step = max(torch.finfo(one.dtype).eps, 1e-5, step)
     size = other.float().abs()
     allowed = step * (size + size.amax(-1, keepdim=True) / 8)
     return bool(((one.float() - other.float()).abs() <= allowed).all())

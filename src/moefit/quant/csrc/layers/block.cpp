@@ -22,13 +22,6 @@ void moefit_router(int64_t level, const Router *router, const void *x, int64_t k
 
 namespace {
 
-float wide(uint16_t x) {
-    uint32_t word = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
 // Consecutive results of one call.
 class Scratch {
 public:
@@ -50,7 +43,7 @@ private:
 // Heads of one token, rotated.
 void rotate(const Level &use, const Block &b, const char *cos, const char *sin, const char *x, int64_t heads, char *y,
             int64_t y_head) {
-    int64_t width = b.attention.width, size = b.rotary.kind == F32 ? 4 : 2;
+    int64_t width = b.attention.width, size = bytes_of(b.rotary.kind);
     for (int64_t h = 0; h < heads; h++, x += width * size, y += y_head) {
         use.rotate(b.rotary, cos, sin, x, y);
         std::memcpy(y + b.rotary.width * size, x + b.rotary.width * size, (width - b.rotary.width) * size);
@@ -61,14 +54,14 @@ void rotate(const Level &use, const Block &b, const char *cos, const char *sin, 
 void quantize(const Level &use, int64_t kind, const char *x, int64_t heads, int64_t width, int8_t *codes,
               int64_t head_codes, float *scales, int64_t head_scales) {
     for (int64_t h = 0; h < heads; h++)
-        scales[h * head_scales] = use.quantize(x + h * width * (kind == F32 ? 4 : 2), kind, width, codes + h * head_codes);
+        scales[h * head_scales] = use.quantize(x + h * width * bytes_of(kind), kind, width, codes + h * head_codes);
 }
 
 // Put one token's keys, rotated, and values into their place of the cache. `room` has room for the keys.
 void write(const Level &use, const Block &b, const Segment &to, int64_t place, const char *cos, const char *sin,
            const char *keys, const char *values, char *room) {
     const Attention &a = b.attention;
-    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2;
+    int64_t kind = b.before.kind, size = bytes_of(kind);
     if (a.cache == INT8) {
         rotate(use, b, cos, sin, keys, a.groups, room, a.width * size);
         quantize(use, kind, room, a.groups, a.width, (int8_t *)to.keys + place * a.key_token, a.key_group,
@@ -87,7 +80,7 @@ void write(const Level &use, const Block &b, const Segment &to, int64_t place, c
 void attend_heads(int64_t level, const Block &b, const BlockInputs &in, char *attended) {
     const Level &use = level_of(level);
     const Attention &a = b.attention;
-    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, tokens = in.tokens;
+    int64_t kind = b.before.kind, size = bytes_of(kind), tokens = in.tokens;
     int64_t Q = a.heads * a.width, K = a.groups * a.width, V = a.groups * a.value_width;
     Scratch scratch(tokens * size * (2 * Q + K + V) + K * size);
     char *q = scratch.take(tokens * Q * size), *k = scratch.take(tokens * K * size), *v = scratch.take(tokens * V * size);
@@ -110,23 +103,27 @@ void attend_heads(int64_t level, const Block &b, const BlockInputs &in, char *at
 
 }  // namespace
 
-void add_values(const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
-    if (kind == F32)
-        for (int64_t i = 0; i < number; i++) ((float *)sum)[i] = ((const float *)a)[i] + ((const float *)b)[i];
-    else
-        for (int64_t i = 0; i < number; i++)
-            ((uint16_t *)sum)[i] = to_bfloat16(wide(((const uint16_t *)a)[i]) + wide(((const uint16_t *)b)[i]));
+void add_values(const Level &use, const void *a, const void *b, int64_t number, int64_t kind, void *sum) {
+    constexpr int64_t PART = 1024;  // elements that stay in the nearest cache
+    float one[PART], other[PART];
+    for (int64_t first = 0; first < number; first += PART) {
+        int64_t width = std::min(PART, number - first), at = first * bytes_of(kind);
+        use.widen((const char *)a + at, kind, width, one, width);
+        use.widen((const char *)b + at, kind, width, other, width);
+        for (int64_t i = 0; i < width; i++) one[i] += other[i];
+        use.narrow(one, kind, width, (char *)sum + at);
+    }
 }
 
 extern "C" {
 
-// x, sum and normed: [tokens, width], float32 or bfloat16. sum = x + attention of norm(x), and normed = norm of the
+// x, sum and normed: [tokens, width], of one kind. sum = x + attention of norm(x), and normed = norm of the
 // sum. Segments describe the caches, which get the keys and values of these tokens. cos and sin: [tokens, ...].
 // choice: null, or the router that reads `normed`.
 void moefit_block(int64_t level, const Block *block, const Segment *segments, int64_t number, const void *x,
                   int64_t tokens, const void *cos, const void *sin, void *sum, void *normed, const Choice *choice) {
     const Block &b = *block;
-    int64_t kind = b.before.kind, size = kind == F32 ? 4 : 2, D = b.before.width, O = b.output.matrix.cols;
+    int64_t kind = b.before.kind, size = bytes_of(kind), D = b.before.width, O = b.output.matrix.cols;
     Scratch scratch(tokens * size * (D + O));
     char *n = scratch.take(tokens * D * size), *attended = scratch.take(tokens * O * size);
     moefit_norm(level, &b.before, x, tokens, n);
@@ -135,7 +132,7 @@ void moefit_block(int64_t level, const Block *block, const Segment *segments, in
     else attend_heads(level, b, inputs, attended);
     Product output = {&b.output.matrix, b.output.bias, n};
     multiply(level_of(level), &output, 1, attended, tokens, kind);
-    add_values(x, n, tokens * D, kind, sum);
+    add_values(level_of(level), x, n, tokens * D, kind, sum);
     moefit_norm(level, &b.after, sum, tokens, normed);
     if (choice)
         moefit_router(level, choice->router, normed, kind, tokens, choice->logits_TE, choice->weights_TK, choice->ids_TK);

@@ -8,8 +8,8 @@
 
 struct Router;
 
-// sum = a + b, all float32 or all bfloat16 (kind).
-void add_values(const void *a, const void *b, int64_t number, int64_t kind, void *sum);
+// sum = a + b, all of a kind.
+void add_values(const Level &use, const void *a, const void *b, int64_t number, int64_t kind, void *sum);
 
 extern "C" {
 
@@ -52,4 +52,4 @@ struct BlockInputs {
 // What the output layer reads, [tokens, heads, value width]; keys and values of these tokens go to their caches.
 void attend_latents(int64_t level, const Block &block, const BlockInputs &inputs, char *attended);
 
-inline int64_t angle_bytes(const Rotary &rotary) { return rotary.in_turn || rotary.kind == F32 ? 4 : 2; }
+inline int64_t angle_bytes(const Rotary &rotary) { return bytes_of(rotary.in_turn ? int64_t(F32) : rotary.kind); }

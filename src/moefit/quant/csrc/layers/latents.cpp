@@ -17,8 +17,6 @@ void moefit_attention(int64_t level, const Attention *a, const Segment *segments
 
 namespace {
 
-int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : 2; }
-
 // Queries [tokens, heads, keys + rotated], and latents beside rotated parts of keys [tokens, latent + rotated].
 void project(int64_t level, const Block &b, const BlockInputs &in, char *queries, char *keys) {
     const Level &use = level_of(level);

@@ -18,7 +18,7 @@ extern "C" {
 void moefit_experts(int64_t level, const Expert *experts, int64_t number, const int64_t *token_R, int64_t routed,
                     const void *x_TD, int64_t T, int64_t kind, float *h_RQ, int64_t Q, int64_t gated,
                     int64_t activation, float *y_RD);
-void moefit_weighted_sum(const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D, const void *weights_R,
+void moefit_weighted_sum(int64_t level, const void *y_RD, int64_t y_kind, int64_t T, int64_t K, int64_t D, const void *weights_R,
                          int64_t weights_kind, int64_t kind, void *y_TD, float *energy_R);
 void moefit_token(int64_t level, const Expert *const *experts, int64_t K, const void *x_D, int64_t kind,
                   const void *weights_K, int64_t weights_kind, int64_t gated, int64_t activation, void *y_D,
@@ -61,8 +61,6 @@ struct SomeRows {
 
 namespace {
 
-int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : 2; }
-
 bool all_resident(const DecoderLayer &layer, const int64_t *ids, int64_t number, int64_t E) {
     return std::all_of(ids, ids + number, [&](int64_t id) { return id >= 0 && id < E && layer.experts[id]; });
 }
@@ -95,8 +93,8 @@ void write_rows(int64_t level, const DecoderLayer &layer, const LayerSizes &s, c
     for (int64_t r = 0; r < rows; r++) std::memcpy(y_RD + row_at[r] * s.D, grouped_RD.get() + r * s.D, 4 * s.D);
 }
 
-void sum_rows(const LayerSizes &s, const float *y_RD, int64_t tokens, const void *weights, void *y) {
-    moefit_weighted_sum(y_RD, F32, tokens, s.K, s.D, weights, s.weights_kind, s.kind, y, nullptr);
+void sum_rows(int64_t level, const LayerSizes &s, const float *y_RD, int64_t tokens, const void *weights, void *y) {
+    moefit_weighted_sum(level, y_RD, F32, tokens, s.K, s.D, weights, s.weights_kind, s.kind, y, nullptr);
 }
 
 void experts_of(int64_t level, const DecoderLayer &layer, const LayerSizes &s, const void *x, int64_t tokens,
@@ -104,7 +102,7 @@ void experts_of(int64_t level, const DecoderLayer &layer, const LayerSizes &s, c
     if (tokens > 1) {
         std::unique_ptr<float[]> y_RD(new float[tokens * s.K * s.D]);
         write_rows(level, layer, s, x, tokens, ids, std::vector<char>(s.E, 1), y_RD.get());
-        return sum_rows(s, y_RD.get(), tokens, weights, y);
+        return sum_rows(level, s, y_RD.get(), tokens, weights, y);
     }
     std::vector<const Expert *> chosen(s.K);
     for (int64_t k = 0; k < s.K; k++) chosen[k] = layer.experts[ids[k]];
@@ -154,6 +152,7 @@ extern "C" {
 int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t first, int64_t number, const LayerSizes *sizes,
                       const Segment *segments, int64_t requests, const void *x, int64_t tokens, const void *cos,
                       const void *sin, const LayerResults *results, const SomeRows *rows) {
+    const Level &use = level_of(level);
     const LayerSizes &s = *sizes;
     const LayerResults &made = *results;
     int64_t size = tokens * s.D * bytes_of(s.kind);
@@ -167,22 +166,22 @@ int64_t moefit_layers(int64_t level, const DecoderLayer *layers, int64_t first, 
             moefit_block(level, layers[l].block, segments + l * requests, requests, l ? made.x_LTD + (l - 1) * size : x,
                          tokens, cos, sin, made.sum_TD, made.normed_TD, layers[l].router ? &choice : nullptr);
         if (!layers[l].router) {
-            shared_output(level_of(level), *layers[l].shared, made.normed_TD, tokens, s.kind, y.get());
-            add_values(made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
+            shared_output(use, *layers[l].shared, made.normed_TD, tokens, s.kind, y.get());
+            add_values(use, made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
             continue;
         }
         if (!all_resident(layers[l], ids, tokens * s.K, s.E)) return l;
         if (rows) {
             add_rows(level, layers[l], s, made.normed_TD, tokens, ids, *rows);
-            sum_rows(s, rows->y_RD, tokens, weights, y.get());
+            sum_rows(level, s, rows->y_RD, tokens, weights, y.get());
             add_shared_rows(level, layers[l], s, made.normed_TD, tokens, *rows);
-            if (layers[l].shared) add_values(y.get(), rows->shared_TD, tokens * s.D, s.kind, y.get());
+            if (layers[l].shared) add_values(use, y.get(), rows->shared_TD, tokens * s.D, s.kind, y.get());
         } else {
             experts_of(level, layers[l], s, made.normed_TD, tokens, ids, weights, y.get());
             if (layers[l].shared) moefit_add_shared(level, layers[l].shared, made.normed_TD, tokens, s.kind, y.get());
         }
-        add_shares(level_of(level), s, (const char *)made.normed_TD, tokens, ids, weights, made.shares_LE + l * s.E);
-        add_values(made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
+        add_shares(use, s, (const char *)made.normed_TD, tokens, ids, weights, made.shares_LE + l * s.E);
+        add_values(use, made.sum_TD, y.get(), tokens * s.D, s.kind, made.x_LTD + l * size);
     }
     return number;
 }

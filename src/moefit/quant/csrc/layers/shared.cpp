@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "shared.h"
+#include "../kinds.h"
 #include "../pool.h"
 #include "../levels/rounding.h"
 
@@ -18,13 +19,6 @@ namespace {
 constexpr int64_t PART = 1 << 12;  // elements that a thread takes at a time
 
 enum Function : int64_t { SILU, SIGMOID };
-
-int64_t bytes_of(int64_t kind) { return kind == F32 ? 4 : 2; }
-
-void write(const Level &use, const float *from, int64_t number, int64_t kind, void *to) {
-    if (kind == BF16) use.narrow(from, number, (uint16_t *)to);
-    else std::memcpy(to, from, 4 * number);
-}
 
 // What torch computes for a single element, which it does with the same function of the C library.
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
@@ -45,24 +39,20 @@ void hidden_units(const Level &use, char *gate, const char *up, int64_t number, 
         char *to = gate + first * bytes_of(kind);
         use.widen(to, kind, width, floats, width);
         use.widen(up + first * bytes_of(kind), kind, width, floats + PART, width);
-        use.silu(floats, floats + PART, width, kind == BF16);
-        write(use, floats, width, kind, to);
+        use.silu(floats, floats + PART, width, kind);
+        use.narrow(floats, kind, width, to);
     });
 }
 
-// y = sigmoid(factor) * y, of each token; overwrites `factor`.
-void scale(const Level &use, char *factor, char *y, int64_t tokens, int64_t width, int64_t kind) {
+// y = sigmoid(factor) * y, of each token.
+void scale(const Level &use, const char *factor, char *y, int64_t tokens, int64_t width, int64_t kind) {
     std::vector<float> values(width);
     for (int64_t t = 0; t < tokens; t++) {
-        char *of_token = factor + t * bytes_of(kind), *row = y + t * width * bytes_of(kind);
-        float value;
-        use.widen(of_token, kind, 1, &value, 1);
-        value = sigmoid(value);
-        write(use, &value, 1, kind, of_token);  // rounds it
-        use.widen(of_token, kind, 1, &value, 1);
+        char *row = y + t * width * bytes_of(kind);
+        float value = rounded(sigmoid(load(factor, kind, t)), kind);
         use.widen(row, kind, width, values.data(), width);
         for (float &one : values) one *= value;
-        write(use, values.data(), width, kind, row);
+        use.narrow(values.data(), kind, width, row);
     }
 }
 
@@ -84,23 +74,23 @@ void shared_output(const Level &use, const SharedExpert &shared, const void *x, 
 
 extern "C" {
 
-// y = function(x) of each element, both float32 or both bfloat16 (kind).
+// y = function(x) of each element, both of a kind.
 void moefit_elementwise(int64_t level, int64_t function, const void *x, int64_t number, int64_t kind, void *y) {
     const Level &use = level_of(level);
     each_part(number, [&](int64_t first, int64_t width, float *floats) {
         int64_t at = first * bytes_of(kind);
         use.widen((const char *)x + at, kind, width, floats, width);
-        if (function == SILU) use.silu(floats, nullptr, width, kind == BF16);
+        if (function == SILU) use.silu(floats, nullptr, width, kind);
         else for (int64_t i = 0; i < width; i++) floats[i] = sigmoid(floats[i]);
-        write(use, floats, width, kind, (char *)y + at);
+        use.narrow(floats, kind, width, (char *)y + at);
     });
 }
 
-// y = y + the shared expert's output for x; [tokens, width], all float32 or all bfloat16 (kind).
+// y = y + the shared expert's output for x; [tokens, width], all of a kind.
 void moefit_add_shared(int64_t level, const SharedExpert *shared, const void *x, int64_t tokens, int64_t kind, void *y) {
     int64_t number = tokens * shared->down.matrix.rows;
     std::unique_ptr<char[]> made(new char[number * bytes_of(kind)]);
     shared_output(level_of(level), *shared, x, tokens, kind, made.get());
-    add_values(y, made.get(), number, kind, y);
+    add_values(level_of(level), y, made.get(), number, kind, y);
 }
 }

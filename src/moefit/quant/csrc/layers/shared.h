@@ -12,5 +12,5 @@ struct SharedExpert {
 };
 }
 
-// y = the expert's output for x; all [tokens, width] and float32, or all bfloat16 (kind).
+// y = the expert's output for x; all [tokens, width] and of a kind.
 void shared_output(const Level &use, const SharedExpert &shared, const void *x, int64_t tokens, int64_t kind, void *y);

@@ -31,6 +31,10 @@ static inline __attribute__((always_inline)) V from_halves(const uint16_t *at) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 }
 
+static inline __attribute__((always_inline)) void to_halves(V x, uint16_t *to) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 static inline __attribute__((always_inline)) V from_bytes(const int8_t *at) {
     return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
 }
@@ -57,7 +61,7 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 // 8 weights of a row from a column on, zero past `left`.
 template <int64_t KIND>
 static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t row, int64_t column, int64_t left) {
-    constexpr int64_t SIZE = float_bytes(KIND);
+    constexpr int64_t SIZE = bytes_of(KIND);
     const uint8_t *from = m.codes + (row * m.cols + column) * SIZE;
     alignas(32) uint8_t padded[32];
     if (left < 8) {
@@ -122,7 +126,7 @@ static void pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *packe
 
 TARGET_END
 
-const Level AVX2 = {avx2::any_dot, avx2::token_bytes, avx2::pack, avx2::any_decode, avx2::narrow, avx2::narrow,
-    avx2::widen, avx2::integers, avx2::any_attend, avx2::any_quantize, avx2::any_norm, avx2::any_rotate, avx2::any_silu,
+const Level AVX2 = {avx2::any_dot, avx2::token_bytes, avx2::pack, avx2::any_decode, avx2::any_narrow, avx2::any_narrow,
+    avx2::any_widen, avx2::any_round, avx2::integers, avx2::any_attend, avx2::any_quantize, avx2::any_norm, avx2::any_rotate, avx2::any_silu,
     avx2::any_add_rows, avx2::any_dot_rows};
 #endif

@@ -104,33 +104,6 @@ static void decode(const Matrix &m, int64_t row, float *out) {
     }
 }
 
-// 16 floats rounded to bfloat16.
-static inline __m256i rounded(__m512 value) {
-    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x40);
-    __m512i word = _mm512_castps_si512(value), high = _mm512_srli_epi32(word, 16);
-    __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(word, half), _mm512_and_si512(high, one));
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(_mm512_srli_epi32(nearest, 16), nan, high, quiet));
-}
-
-static void narrow(const float *from, int64_t number, uint16_t *out) {
-    for (int64_t i = 0; i < number; i += 16) {
-        __mmask16 mask = number - i >= 16 ? 0xffff : (1u << (number - i)) - 1;
-        _mm256_mask_storeu_epi16(out + i, mask, rounded(_mm512_maskz_loadu_ps(mask, from + i)));
-    }
-}
-
-// The same, past the caches. The rows of a product with many tokens are often powers of two apart, which
-// evict each other.
-static void narrow_past(const float *from, int64_t number, uint16_t *out) {
-    if (number % 32 || (uintptr_t)out % 64) return narrow(from, number, out);
-    for (int64_t i = 0; i < number; i += 32) {
-        __m512i two = _mm512_castsi256_si512(rounded(_mm512_loadu_ps(from + i)));
-        two = _mm512_inserti64x4(two, rounded(_mm512_loadu_ps(from + i + 16)), 1);
-        _mm512_stream_si512((__m512i *)(out + i), two);
-    }
-}
-
 static void any_decode(const Matrix &m, int64_t row, float *out) {
     if (is_k_quant(m.kind)) return decode_k(m, row, out);
     if (is_scaled(m.kind)) return decode_scaled(m, row, out);
@@ -145,6 +118,10 @@ static inline V muladd(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__
 
 static inline V from_halves(const uint16_t *at) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+}
+
+static inline __attribute__((always_inline)) void to_halves(V x, uint16_t *to) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 static inline __attribute__((always_inline)) V from_bytes(const int8_t *at) {
@@ -175,6 +152,29 @@ static inline __attribute__((always_inline)) V reduced(V *a) {
 #include "attention.inc"
 #include "rows.inc"
 #include "latent.inc"
+
+// 16 floats as bfloat16 or float16.
+template <int64_t KIND>
+static inline __attribute__((always_inline)) __m256i narrowed(const float *from) {
+    __m512 value = _mm512_loadu_ps(from);
+    if constexpr (KIND == F16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)to_bfloat16s((V)value), 16));
+}
+
+template <int64_t KIND>
+static void narrow_past(const float *from, int64_t number, void *to) {
+    for (int64_t i = 0; i < number; i += 32) {
+        __m512i two = _mm512_castsi256_si512(narrowed<KIND>(from + i));
+        _mm512_stream_si512((__m512i *)to + i / 32, _mm512_inserti64x4(two, narrowed<KIND>(from + i + 16), 1));
+    }
+}
+
+// Past the caches: the rows of a product with many tokens are often powers of two apart, which evict each other.
+static void any_narrow_past(const float *from, int64_t kind, int64_t number, void *to) {
+    if (kind == F32 || number % 32 || (uintptr_t)to % 64) any_narrow(from, kind, number, to);
+    else if (kind == BF16) narrow_past<BF16>(from, number, to);
+    else narrow_past<F16>(from, number, to);
+}
 
 template <int64_t KIND>
 static inline __attribute__((always_inline)) V weights(const Matrix &m, int64_t row, int64_t column, int64_t left) {
@@ -226,7 +226,7 @@ static void any_pack(const Matrix &m, const Input *x, int64_t tokens, uint8_t *p
 
 TARGET_END
 
-const Level AVX512 = {avx512::any_dot, avx512::any_token_bytes, avx512::any_pack, avx512::any_decode, avx512::narrow, avx512::narrow_past,
-    avx512::widen, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate, avx512::any_silu,
+const Level AVX512 = {avx512::any_dot, avx512::any_token_bytes, avx512::any_pack, avx512::any_decode, avx512::any_narrow, avx512::any_narrow_past,
+    avx512::any_widen, avx512::any_round, avx512::integers, avx512::any_attend, avx512::any_quantize, avx512::any_norm, avx512::any_rotate, avx512::any_silu,
     avx512::any_add_rows, avx512::any_dot_rows};
 #endif

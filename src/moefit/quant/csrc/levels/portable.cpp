@@ -54,6 +54,10 @@ static inline V from_halves(const uint16_t *at) {
     return V{from_half(at[0]), from_half(at[1]), from_half(at[2]), from_half(at[3])};
 }
 
+static inline void to_halves(V x, uint16_t *to) {
+    for (int i = 0; i < 4; i++) to[i] = half_of(x[i]);
+}
+
 // Each byte four times in a word, whose top byte is then shifted down with its sign.
 static inline V from_bytes(const int8_t *at) {
     typedef int8_t Bytes __attribute__((vector_size(16)));
@@ -120,6 +124,6 @@ static void any_dot(const Matrix &m, int64_t first, int64_t last, const Panel &p
 }
 }
 
-const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::narrow, plain::narrow,
-    plain::widen, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate, plain::any_silu,
+const Level PORTABLE = {plain::any_dot, plain::token_bytes, plain::pack, plain::any_decode, plain::any_narrow, plain::any_narrow,
+    plain::any_widen, plain::any_round, plain::integers, plain::any_attend, plain::any_quantize, plain::any_norm, plain::any_rotate, plain::any_silu,
     plain::any_add_rows, plain::any_dot_rows};
