@@ -1,12 +1,13 @@
 """Measure tokens/s of 16 requests at once: moefit's engine, llama.cpp and transformers.
 
-    python benchmarks/batch_speed.py FOLDER --formats int4-nearest [--sequences 16]
+    python benchmarks/batch_speed.py FOLDER --formats int4-nearest [--sequences 16] [--own FILE]
         [--rivals llama.cpp,llama.cpp-repacked,transformers] [--gguf FILE] [--rival-python PYTHON]
         [--prompt-tokens 128] [--new-tokens 48] [--threads 2] [--rounds 1] [--under COMMAND]
         [--save NAME]
 
 All start together with random prompts of the same length. moefit's engine samples each request's
-tokens, as its server does; for rivals see batch_rivals.py. Decoding is timed from the moment when
+tokens, as its server does; for rivals see batch_rivals.py. With `--own` moefit serves a GGUF file
+(`--formats native`), and FOLDER needs a configuration only. Decoding is timed from the moment when
 every request has its first token, until one has its last. Each system runs in a process of its own
 (after COMMAND), and all take turns in rounds; medians.
 """
@@ -41,7 +42,7 @@ def main() -> None:
     arguments = parse()
     batch = make_batch(arguments)
     if arguments.one:
-        print(json.dumps(one(batch, arguments.one)))
+        print(json.dumps(one(batch, arguments.one, arguments.own or batch.folder)))
         return
     rounds: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.rounds):
@@ -73,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rivals", default="")
     parser.add_argument("--rival-python", default=sys.executable)
     parser.add_argument("--gguf", default="")
+    parser.add_argument("--own", type=Path)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
@@ -112,14 +114,12 @@ def run(
     return json.loads(line)
 
 
-def one(batch: batch_rivals.Batch, format: str) -> dict[str, Any]:
-    """Measure moefit's engine with all experts in memory."""
+def one(batch: batch_rivals.Batch, format: str, model: str | Path) -> dict[str, Any]:
+    """Measure moefit's engine with all experts of a model in memory."""
     torch.set_num_threads(batch.threads)
     new = len(batch.decode[0])
     context = len(batch.prompts) * (len(batch.prompts[0]) + new + 2)
-    with moefit.load(
-        batch.folder, context=context, precision=format, dense_precision=format
-    ) as served:
+    with moefit.load(model, context=context, precision=format, dense_precision=format) as served:
         served.set_residents(
             {block: range(one.num_experts) for block, one in served.blocks.items()}
         )
