@@ -29,6 +29,7 @@ from moefit.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    LostProcessError,
     MoefitError,
     UnsupportedModelError,
 )
@@ -193,6 +194,24 @@ def test_json_option_prints_errors_as_json(tmp_path):
     assert told["type"] == "CheckpointError" and str(tmp_path) in told["message"]
     error = error_of(done.stdout)
     assert type(error) is CheckpointError and str(error) == told["message"]
+
+
+def test_a_lost_process_keeps_no_command_from_ending():
+    """A thread that saves may wait half an hour for the part of the lost process."""
+    script = (
+        "import sys, threading, time, moefit.cli.app\n"
+        "from moefit.errors import LostProcessError\n"
+        "def train():\n"
+        "    threading.Thread(target=time.sleep, args=(30,)).start()\n"
+        "    raise LostProcessError('process 0 of 2 lost contact with process 1')\n"
+        "module = sys.modules['moefit.cli.app']\n"
+        "module.app = train\n"
+        "module.main()"
+    )
+    command = [sys.executable, "-c", script, "train", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=25)
+    assert done.returncode == 2 and "lost contact with process 1" in done.stderr
+    assert type(error_of(done.stdout)) is LostProcessError
 
 
 @pytest.mark.parametrize("kind", ["ConfigError", "printable", "SystemExit", 3, None])

@@ -227,8 +227,9 @@ GROUPS = {
     "expert": {**SPREAD, "expert": 2},
     "replicate": {**SPREAD, "replicate": 2},
     "long way": {**SPREAD, "nodes": 4, "expert": 2, "all_to_all": "hierarchical"},
+    "one group": {**SPREAD, "replicate": 2, "expert": 4},
 }
-"""Ways to spread experts over two groups of two processes."""
+"""Ways to spread experts over two groups of two processes, and over all of two copies."""
 LONG_WAY = {**SPREAD, "all_to_all": "hierarchical"}
 WAYS = {
     "top 1": ({**SHAPE, "num_experts": 8, "training_rule": "top_k:1"}, {}),
@@ -458,6 +459,9 @@ def main() -> None:
                 processes, ["sparse", "olmoe", "lopsided", *filter(None, names.split(","))], SPREAD
             ),
             "groups": lambda way: equality(processes, ["sparse", "olmoe", "lopsided"], GROUPS[way]),
+            "one_group": lambda name: equality(
+                processes, [name], {**SPREAD, "replicate": 2, "expert": 2}
+            ),
             "long_way": lambda _: equality(processes, ["sparse", "olmoe", "lopsided"], LONG_WAY),
             "ways": lambda precision: ways(processes, precision),
             "limits": lambda _: limits(processes),

@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import moefit
 from moefit import errors
-from moefit.errors import ConfigError, ElsewhereError, MoefitError
+from moefit.errors import ConfigError, ElsewhereError, LostProcessError, MoefitError
 
 # How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
 # own; the default of a thousand each takes hundreds of MiB.
@@ -233,8 +233,17 @@ def main() -> NoReturn:
         _say_error(error)
         if "--json" in sys.argv:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        if isinstance(error, LostProcessError):
+            _end_at_once(2)
         sys.exit(2)
     sys.exit(0)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without waiting for threads: one that saves may wait for a lost process's part."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _say_error(error: MoefitError) -> None:

@@ -53,6 +53,7 @@ def pair(shared_folder):
     train(make_config({**tree, "out": str(shared_folder / "chain")}), stop)
     return results(
         2, "parallel_cases", shared_folder, "equality", "spread:hash,biased", "long_way",
+        "one_group:lopsided",
         "tensor:dsmoe,lopsided", "run:two", "run:again:5", "run:again", "tensor_run:chain:4",
         "run:chain:6", "locmoe:loc",
         "locmoe:loc_one:5", "muon_run:muon:3", "weighted_run:weighted", "mixed",
@@ -69,7 +70,8 @@ def one(shared_folder):
 
 
 @pytest.mark.parametrize(
-    "case", ["equality", "spread:hash,biased", "long_way", "tensor:dsmoe,lopsided"]
+    "case",
+    ["equality", "spread:hash,biased", "long_way", "one_group:lopsided", "tensor:dsmoe,lopsided"],
 )
 def test_two_processes_equal_one(pair, case):
     for name, (numbers, parameters) in pair[case].items():

@@ -318,12 +318,13 @@ def _mesh(settings: ParallelConfig, processes: Processes, device: torch.device) 
 def _experts_mesh(
     settings: ParallelConfig, processes: Processes, device: torch.device, data: DeviceMesh
 ) -> DeviceMesh:
-    """Return all processes as `(copy, expert)`, or as `data` if there is one group of all."""
+    """Return all processes as `(copy, expert)`, or in one dimension if there is one group."""
     members = experts_group(settings, processes.size)
-    if members == processes.size:
+    if members == processes.size and data.ndim == 1:
         return data
-    sizes = processes.size // members, members
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "expert"))
+    sizes = {"copy": processes.size // members, "expert": members}
+    used = {name: size for name, size in sizes.items() if size > 1}
+    mesh = init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
     limit_waiting(mesh)
     return mesh
 

@@ -113,7 +113,7 @@ class ShardedSaver:
         """Wait until the last checkpoint is complete; see `Saver`."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            # Process 0 publishes the whole model, for which the others wait without a limit.
+            # Process 0 publishes the whole model; the others wait as long as it computes.
             self._state.processes.on_main(lambda: self._result(pending))
             self._state.processes.agreed(lambda: self._result(pending))
 
