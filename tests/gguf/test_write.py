@@ -105,13 +105,27 @@ def test_tensors_equal_the_checkpoints(folders, tmp_path, name):
     assert sum(values.size for values in tensors.values()) == weights
 
 
-@pytest.mark.parametrize("kind", ["fp8-blocks", "gptq"])
-@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe"])
-def test_quantised_checkpoints_are_decoded(folders, tmp_path, name, kind):
-    """The plain folder has the values that the quantised one decodes to."""
+@pytest.mark.parametrize(
+    ("name", "kind", "declared"),
+    [
+        ("qwen2moe", "fp8-blocks", True),
+        ("qwen3moe", "fp8-tensor", False),
+        ("qwen2moe", "gptq", True),
+        ("qwen3moe", "awq", True),
+        ("olmoe", "nvfp4-modelopt", True),
+    ],
+)
+def test_quantised_checkpoints_are_decoded(folders, tmp_path, name, kind, declared):
+    """The plain folder, in float32, has the values that the quantised one decodes to.
+
+    The quantised one's model computes in bfloat16, to which no weight may be rounded on the way.
+    """
     plain = tmp_path / "plain"
     shutil.copytree(folders[name], plain)
-    folder = quantised.quantise(plain, tmp_path / "quantised", *quantised.KINDS[kind])
+    store, config = quantised.KINDS[kind]
+    folder = quantised.quantise(plain, tmp_path / "quantised", store, config if declared else None)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
     for type in ("f32", "q8_0"):
         write_gguf(plain, tmp_path / f"plain-{type}.gguf", type=type, with_tokenizer=False)
         write_gguf(folder, tmp_path / f"own-{type}.gguf", type=type, with_tokenizer=False)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from moefit.checkpoint.config import config_from, read_config
 from moefit.checkpoint.expert_map import parameter_names
-from moefit.checkpoint.formats.declared import declared
 from moefit.checkpoint.gguf.families import Family, expert_name
 from moefit.checkpoint.quantisation import refuse_gguf
 from moefit.checkpoint.tokenizer import read_tokenizer
@@ -108,8 +107,8 @@ def write_gguf(
     _refuse_request(folder, path, type)
     register()
     family = family_of(config_from(read_config(folder), folder))
-    # a quantised weight is rounded to the file's type once, not to the model's dtype before
-    skeleton = build_skeleton(folder, torch.float32 if declared(folder) else None)
+    # a weight is rounded to the file's type once, not to the model's dtype before
+    skeleton = build_skeleton(folder, torch.float32)
     try:
         writer = gguf.GGUFWriter(None, family.architecture)
         _describe(writer, gguf, family, skeleton, type)

@@ -33,11 +33,15 @@ struct alignas(64) Configuration {
     uint8_t rows[16] = {};
 };
 
+// Loads of tiles and of their configuration do not tell the compiler that they read memory, or how much of it.
+inline void memory_is_read() { asm volatile("" ::: "memory"); }
+
 // Configures tiles 0 to 3 for sums (two of rows by two of tokens), 4 and 5 for rows, 6 and 7 for tokens.
 void configure(int64_t tokens, int64_t more) {
     static thread_local Configuration use;
     const int64_t wide[8] = {tokens, more, tokens, more, WIDTH, WIDTH, tokens, more};
     for (int i = 0; i < 8; i++) use.rows[i] = WIDTH, use.row_bytes[i] = uint16_t(4 * std::max<int64_t>(1, wide[i]));
+    memory_is_read();
     _tile_loadconfig(&use);
 }
 
@@ -46,11 +50,9 @@ void configure_halves() {
     static thread_local Configuration use;
     for (int i = 0; i < 8; i++) use.rows[i] = i < 6 ? WIDTH : GROUP / 8, use.row_bytes[i] = 4 * WIDTH;
     use.row_bytes[4] = use.row_bytes[5] = GROUP / 2;
+    memory_is_read();
     _tile_loadconfig(&use);
 }
-
-// Loads of tiles do not tell the compiler that they read memory.
-inline void memory_is_read() { asm volatile("" ::: "memory"); }
 
 // 16 vectors of 16 words become those of their columns.
 inline void transpose(__m512i *a) {
