@@ -84,8 +84,7 @@ def refuse_declared(folder: Path) -> None:
     if (found := declared(folder)) is not None:
         raise _refusal(
             f"{folder} is quantised ({found.method}), as its {found.where} says; only commands "
-            "that serve a model (give one a budget with --memory) and moefit export --format gguf "
-            "read that; here"
+            "that serve a model (with --memory) and moefit export --format gguf read that"
         )
 
 
