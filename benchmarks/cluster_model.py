@@ -128,6 +128,7 @@ def throttled(point: Measured, constants: Constants) -> float:
     computing = constants.dense if point.is_dense else constants.sparse
     tokens = constants.uneven * point.tokens_out / (4 * LAYERS)
     weights = point.weights_out / (3 * LAYERS)  # gathered in both passes, and gradients reduced
+    began = 0.0
     for _ in range(2):
         began = link.seconds
         for backward, _ in itertools.product((False, True), range(LAYERS)):

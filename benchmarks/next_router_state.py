@@ -70,7 +70,8 @@ def recalls(scores_TE: Tensor, chosen_TE: Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 def measure(served: ServedModel, ids_T: Tensor) -> list[dict[str, Any]]:
-    keeper, layers = StateKeeper(served), served.model.base_model.layers
+    base: Any = served.model.base_model
+    keeper, layers = StateKeeper(served), base.layers
     kept: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]
     hooks = states_of(layers, kept)
     with served.watched(keeper):
