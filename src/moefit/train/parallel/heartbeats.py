@@ -257,7 +257,7 @@ class Heartbeats:
                 raise self.lost(f"it has computed nothing for {seen[0].idle:.0f} s", 0)
 
     def lost(self, reason: str | None, suspect: int | None = None) -> LostProcessError:
-        """Return the error of a process that waits in vain.
+        """Return the error of a process that waited until its limit.
 
         Args:
             reason: What is known.
