@@ -197,7 +197,7 @@ class Heartbeats:
         return Beat(count=count, begun=self.begun, work=work, end=self._end)
 
     def seen(self) -> list[Seen]:
-        """Return all processes, as of the last answer of the store.
+        """Return the state of all processes when the store last answered.
 
         While it does not answer, process 0 is silent, whose machine usually has the store.
         """
