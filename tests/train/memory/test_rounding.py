@@ -184,6 +184,40 @@ def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after)
         assert a == b, name
 
 
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ({"formats": ["int2"], "begin": 0.5}, "rounding.formats"),
+        ({"formats": ["int2", "int4"], "begin": 0.25}, "rounding.begin"),
+        (None, "rounding"),
+    ],
+)
+def test_another_rounding_does_not_resume(sparse, callback, change, differing):
+    """Changed or left out, before the first rounded step too; with the first settings it does."""
+    callback.after_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    stopped = train(make_config(sparse), callback)
+    callback.after_step = None
+    with pytest.raises(
+        ConfigError, match=rf"other settings \({differing}\); .* give another folder"
+    ):
+        train(make_config(sparse | {"rounding": change}), callback)
+    assert (stopped.checkpoint / "model.safetensors").is_file()
+    assert train(make_config(sparse), callback).step == sparse["steps"]
+
+
+def test_rounding_is_added_by_continuing_elsewhere(sparse, callback, tmp_path):
+    """A plain run does not resume with rounding; another folder continues it, as if from step 1."""
+    sparse |= {"steps": 8, "checkpoint": {"every": 4, "keep": 9}}
+    plain = sparse | {"rounding": None, "out": str(tmp_path / "plain")}
+    train(make_config(plain), callback)
+    with pytest.raises(ConfigError, match=r"other settings \(rounding\)"):
+        train(make_config(sparse | {"out": plain["out"]}), callback)
+    branch = {"out": str(tmp_path / "branch"), "continue_from": f"{plain['out']}/step-00000004"}
+    whole, continued = (train(make_config(one), callback) for one in (sparse, sparse | branch))
+    a, b = ((one.checkpoint / "model.safetensors").read_bytes() for one in (whole, continued))
+    assert a == b
+
+
 def test_rounded_steps_have_another_loss(sparse, callback, tmp_path):
     plain = {name: value for name, value in sparse.items() if name != "rounding"}
     train(make_config(plain | {"out": str(tmp_path / "plain")}), callback)
