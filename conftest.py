@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 # PyTorch's builds for CPUs come without Triton, and what is written in it can't even be imported.
-_IN_TRITON = ["src/moefit/quant/triton_*.py", "src/moefit/quant/gpu_kernels.py"]
+_IN_TRITON = ["src/moefit/quant/gpu/*.py"]
 
 _WITH_LM_EVAL = [
     f"src/moefit/tasks/{name}.py" for name in ("harness", "lm", "local_data", "run", "__main__")

@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 from moefit.moe.families import Layout
 from moefit.moe.layouts import find_blocks
 from moefit.quant import gptq
-from moefit.quant.cpu_kernels import LEVELS, kernels
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.format import Weights, parse_format
 from moefit.quant.gptq import CalibratedExpert
+from moefit.quant.library import LEVELS
 from moefit.serve.cache.slot import allocate_slot
 
 BEFORE = "before"

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moefit.quant.cpu_kernels import KernelMlp
-from moefit.quant.gpu_kernels import TritonKernels
+from moefit.quant.gpu.gpu_kernels import TritonKernels
 from moefit.quant.grouped_int import PLANES, GroupedMatrix, bits_per_weight
 
 RUN = TritonKernels()

@@ -1,12 +1,14 @@
-"""Memory figures of the operating system: of this process, the machine and its control groups.
+"""Figures of the operating system: memory and processors, of the machine and its control groups.
 
-Reads /proc and /sys/fs/cgroup: resident set and peak, free memory, and the limits of control groups
-(versions 1 and 2), with which containers, systemd and Slurm bound memory. Also which addresses are
-this machine's own.
+Reads /proc, /sys/fs/cgroup and /sys/devices: resident set and peak, free memory, physical cores,
+and the limits of control groups (versions 1 and 2), with which containers, systemd and Slurm bound
+memory and processor time. Also which addresses are this machine's own.
 """
 
 import ipaddress
+import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,79 @@ def group_limits(root: Path = ROOT) -> list[GroupLimit]:
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processors:
+    """What processors this process may use.
+
+    Args:
+        logical: Logical processors that the scheduler may run it on (taskset, cpusets).
+        cores: Physical cores that these are part of; hyper-threads share one.
+        quota: Processors' worth of time that control groups allow it; None without a limit.
+        file: The file that sets the quota.
+    """
+
+    logical: int
+    cores: int
+    quota: float | None = None
+    file: Path | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute fastest: one a core, and no more than the quota can run."""
+        return self.cores if self.quota is None else min(self.cores, max(1, math.ceil(self.quota)))
+
+    def describe(self, threads: int) -> str:
+        """Return in words why this process computes with that many threads.
+
+        >>> Processors(logical=8, cores=4).describe(4)
+        '4 threads (4 cores)'
+        >>> Processors(logical=8, cores=8, quota=0.5, file=Path("/sys/cpu.max")).describe(1)
+        '1 thread (/sys/cpu.max allows 0.5 processors)'
+        >>> print(Processors(logical=2, cores=2).describe(64))
+        64 threads, more than the 2 that this process can run at once: unset OMP_NUM_THREADS
+        """
+        count = f"{threads} thread{'s' * (threads != 1)}"
+        most = min(self.logical, math.ceil(self.quota or self.logical))
+        if threads > most:
+            return (
+                f"{count}, more than the {most} that this process can run at once: "
+                "unset OMP_NUM_THREADS"
+            )
+        if threads != self.threads:
+            return f"{count} (OMP_NUM_THREADS; {self.threads} by default)"
+        if self.quota is not None and self.quota < self.cores:
+            return f"{count} ({self.file} allows {self.quota:g} processors)"
+        return f"{count} ({self.cores} core{'s' * (self.cores != 1)})"
+
+
+def processors(root: Path = ROOT) -> Processors:
+    """Return the processors that this process may use.
+
+    Args:
+        root: Root of the file system; tests pass a folder.
+    """
+    linux = sys.platform == "linux"
+    allowed = os.sched_getaffinity(0) if linux else range(os.cpu_count() or 1)
+    topology = root / "sys/devices/system/cpu"
+    siblings = (_text(topology / f"cpu{one}/topology/thread_siblings_list") for one in allowed)
+    cores = {text or str(one) for one, text in zip(allowed, siblings, strict=True)}
+    quotas = [found for folder in _group_folders(root, "cpu") if (found := _quota(folder))]
+    quota, file = min(quotas, default=(None, None))
+    return Processors(logical=len(allowed), cores=len(cores), quota=quota, file=file)
+
+
+def _quota(folder: Path) -> tuple[float, Path] | None:
+    """Return the processors' worth of time that a group may use, and the file; None: no limit."""
+    file = folder / "cpu.max"  # version 2: "max 100000", or microseconds and their period
+    words = _text(file).split()
+    if not words:
+        file = folder / "cpu.cfs_quota_us"  # version 1; -1 for no limit
+        words = [_text(file).strip(), _text(folder / "cpu.cfs_period_us").strip()]
+    if len(words) != 2 or not all(map(str.isdigit, words)) or not int(words[1]):
+        return None
+    return int(words[0]) / int(words[1]), file
+
+
 def tightest_limit(root: Path = ROOT) -> GroupLimit | None:
     """Return the smallest limit of `group_limits`; None if there are none."""
     return min(group_limits(root), key=lambda limit: limit.nbytes, default=None)
@@ -141,15 +216,15 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 
-def _group_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders of this process's memory groups, each before its parent."""
+def _group_folders(root: Path, controller: str = "memory") -> Iterator[Path]:
+    """Yield the folders of this process's groups for a controller, each before its parent."""
     paths = _group_paths(root)
     for mount in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = mount.partition(" - ")
         kind, _, options = after.partition(" ")
         fields = before.split()
-        if kind == "cgroup" and "memory" in options.split()[-1].split(","):
-            path = paths.get("memory")
+        if kind == "cgroup" and controller in options.split()[-1].split(","):
+            path = paths.get(controller)
         elif kind == "cgroup2":
             path = paths.get("")
         else:

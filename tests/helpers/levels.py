@@ -11,14 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import (
-    LEVELS,
-    SWITCH,
-    Kernels,
-    Level,
-    available_levels,
-    kernels,
-)
+from moefit.quant.cpu_kernels import Kernels, kernels
+from moefit.quant.library import LEVELS, SWITCH, Level, available_levels
 
 BEST = kernels(LEVELS[-1])
 MACHINE = available_levels()

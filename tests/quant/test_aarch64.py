@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from moefit.quant import cpu_kernels
+from moefit.quant import library
 
-SOURCES = Path(cpu_kernels.__file__).parent / "csrc"
+SOURCES = Path(library.__file__).parent / "csrc"
 DRIVER = Path(__file__).parents[1] / "helpers" / "kernel_digest.cpp"
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = [
@@ -66,11 +66,11 @@ def built_for_this_machine(folder: Path, library: Path) -> Path:
 @pytest.mark.slow
 @needs_tools
 def test_portable_kernels_have_the_same_bits_on_aarch64(tmp_path: Path) -> None:
-    library = cpu_kernels._library()
-    if library is None:
+    built = library.library()
+    if built is None:
         pytest.skip("no compiled kernels here")
     there = digests(built_for_aarch64(tmp_path), EMULATOR)
-    here = digests(built_for_this_machine(tmp_path, Path(library._name)))
+    here = digests(built_for_this_machine(tmp_path, Path(built._name)))
     assert there.pop("levels") == "1"  # portable alone
     here.pop("levels")
     assert len(there) > 80

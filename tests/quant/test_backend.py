@@ -10,7 +10,8 @@ from moefit.errors import ConfigError
 from moefit.quant import backend as module
 from moefit.quant import cpu_kernels as compiled
 from moefit.quant.backend import backend, backend_status
-from moefit.quant.cpu_kernels import SWITCH, kernels, status
+from moefit.quant.cpu_kernels import kernels, status
+from moefit.quant.library import SWITCH
 
 CPU, GPU, OTHER = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -33,7 +34,7 @@ def test_cpu_uses_compiled_kernels() -> None:
 
 def test_gpu_uses_triton() -> None:
     pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
-    from moefit.quant.gpu_kernels import TritonKernels
+    from moefit.quant.gpu.gpu_kernels import TritonKernels
 
     assert isinstance(backend(GPU), TritonKernels) and backend_status(GPU) == "triton"
 

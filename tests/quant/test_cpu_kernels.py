@@ -32,16 +32,11 @@ from moefit.errors import ConfigError
 from moefit.moe.layouts import ACTIVATIONS
 from moefit.moe.routing import plain_weighted_sum
 from moefit.quant import cpu_kernels as module
-from moefit.quant.cpu_kernels import (
-    LEVELS,
-    SWITCH,
-    KernelMlp,
-    Weight,
-    kernels,
-    status,
-)
+from moefit.quant import library
+from moefit.quant.cpu_kernels import KernelMlp, Weight, kernels, status
 from moefit.quant.encode import encode
 from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, groups_of
+from moefit.quant.library import LEVELS, SWITCH, available_levels, level_note
 
 torch.set_num_threads(1)
 widths = pytest.mark.parametrize("bits", PLANES)
@@ -53,7 +48,7 @@ KINDS = [*NATIVE, *PLANES]
 @pytest.fixture
 def fresh():
     """Clear caches before and after."""
-    caches = module.kernels, module._library
+    caches = module.kernels, library.library, available_levels
     for one in caches:
         one.cache_clear()
     yield
@@ -628,6 +623,36 @@ def test_best_available_level_is_used(monkeypatch, fresh) -> None:
     assert kernels() is None and status() == "torch: MOEFIT_KERNELS=torch"
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("asked", "has", "used"),
+    [
+        ("amx", ("portable", "avx2"), "avx2"),  # a container that moved to another machine
+        ("avx2_vnni", ("portable", "avx2", "avx512"), "avx2"),  # AVX-512 without AVX-VNNI
+    ],
+)
+def test_level_that_the_processor_lacks_is_named(monkeypatch, fresh, caplog, asked, has, used):
+    monkeypatch.setenv(SWITCH, asked)
+    monkeypatch.setattr(module, "available_levels", lambda: has)
+    monkeypatch.setattr(library, "available_levels", lambda: has)
+    assert kernels() is kernels() and status() == used
+    (said,) = caplog.records  # once
+    assert said.levelname == "WARNING" and level_note() in said.getMessage()
+    for part in (f"{SWITCH}={asked}", f"has {', '.join(has)} alone", f"set {SWITCH}={used}"):
+        assert part in level_note()
+
+
+@compiled
+@pytest.mark.parametrize("asked", ["torch", "portable", None])
+def test_level_that_the_processor_has_is_used_silently(monkeypatch, fresh, caplog, asked):
+    if asked is None:
+        monkeypatch.delenv(SWITCH, raising=False)
+    else:
+        monkeypatch.setenv(SWITCH, asked)
+    kernels()
+    assert not level_note() and not caplog.records
+
+
 def test_unknown_level_raises(monkeypatch, fresh) -> None:
     monkeypatch.setenv(SWITCH, "avx")
     with pytest.raises(ConfigError, match="='avx' is none of portable, avx2, avx2_vnni"):
@@ -636,6 +661,6 @@ def test_unknown_level_raises(monkeypatch, fresh) -> None:
 
 def test_missing_library_uses_torch_and_warns(monkeypatch, fresh, tmp_path) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "kernels.py"))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     (tmp_path / "_kernels.of-another-system.so").write_bytes(b"not a library")
     assert kernels() is None and status() == "torch: not compiled"

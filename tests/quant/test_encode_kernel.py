@@ -10,9 +10,10 @@ from levels import at_level, compiled, levels
 from torch import Tensor
 
 from moefit.quant import encode as encoders
-from moefit.quant.cpu_kernels import LEVELS, Level, kernels
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.encode import Encoder, encode
 from moefit.quant.grouped_int import GROUP, PLANES, GroupedMatrix, unpack
+from moefit.quant.library import LEVELS, Level
 
 widths = pytest.mark.parametrize("bits", PLANES)
 NARROW = pytest.mark.parametrize("bits", [bits for bits in PLANES if bits != 8])

@@ -12,7 +12,7 @@ from tiny_served import parts_of, tiny
 from moefit.errors import CheckpointError, ConfigError
 from moefit.moe.families import TensorSpec
 from moefit.moe.layouts import find_blocks
-from moefit.quant.cpu_kernels import LEVELS, kernels
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.encode import encode
 from moefit.quant.format import (
     FORMATS,
@@ -24,6 +24,7 @@ from moefit.quant.format import (
     weights_in,
 )
 from moefit.quant.grouped_int import PLANES, GroupedMatrix, codes_bytes, meta_bytes
+from moefit.quant.library import LEVELS
 from moefit.serve.cache.slot import Slot, allocate_slot
 
 torch.set_num_threads(1)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from levels import HERE, compiled, levels
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import Level, kernels
+from moefit.quant.cpu_kernels import kernels
 from moefit.quant.gptq import SWEEPS, encode_gptq
 from moefit.quant.grouped_int import PLANES, GroupedMatrix
+from moefit.quant.library import Level
 from moefit.quant.moments import SecondMoments, moments_of
 
 BITS = sorted(bits for bits in PLANES if bits > 1)

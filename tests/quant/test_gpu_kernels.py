@@ -34,7 +34,7 @@ from tests.quant.test_cpu_kernels import (
 
 pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
 
-from moefit.quant.gpu_kernels import TritonKernels
+from moefit.quant.gpu.gpu_kernels import TritonKernels
 
 RUN = TritonKernels()
 DTYPES = tuple(NATIVE.values())
@@ -310,7 +310,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from moefit.quant import triton_kernels as kernels
+from moefit.quant.gpu import triton_kernels as kernels
 
 TABLE = dict(tiles="*i64", KIND=kernels.MIXED.value)
 LINEAR = dict(codes="*u8", meta="*fp16", rows="i32", cols="i32")

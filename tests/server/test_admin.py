@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from threading import Thread
 from time import monotonic
 from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
+import torch
 from fake_engine import FakeEngine
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +20,8 @@ import moefit
 from moefit.cli.budget import memory_table
 from moefit.engine.invariance import Invariance, Uncovered
 from moefit.errors import BudgetTooSmallError
+from moefit.host import Processors
+from moefit.quant.backend import backend_status
 from moefit.serve.memory.follow import BudgetFollower, BudgetRule, MemoryReading
 from moefit.serve.model import ServedModel
 from moefit.serve.stats import RECOVERY, LoadFailures
@@ -94,6 +98,18 @@ def test_memory_state_says_what_answers_depend_on(running) -> None:
         "deterministic": True,
         "not_covered": [{"module": one.module, "reason": one.reason}],
     }
+
+
+def test_memory_state_says_what_computes(running, monkeypatch) -> None:
+    client, engine, _ = running
+    state = client.get(URL).json()["processor"]
+    assert state["kernels"] == backend_status(engine.served.model.device)
+    assert state["threads"] == torch.get_num_threads() and not state["kernels_note"]
+    half = Processors(logical=4, cores=2, quota=0.5, file=Path("cpu.max"))
+    monkeypatch.setattr("moefit.server.operation.memory_state.processors", lambda: half)
+    state = client.get(URL).json()["processor"]
+    assert (state["logical"], state["cores"], state["quota"]) == (4, 2, 0.5)
+    assert state["threads_reason"] == half.describe(state["threads"])
 
 
 def test_memory_change_resizes_slots(running, served) -> None:

@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 import moefit
 from moefit import errors
 from moefit.errors import ConfigError, ElsewhereError, LostProcessError, MoefitError
+from moefit.host import processors
 
 # How many compiled primitives oneDNN's two caches hold. In 16 bits every sequence length has its
 # own; the default of a thousand each takes hundreds of MiB.
@@ -223,6 +224,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="replace")
     for cache in PROGRAM_CACHES:
         os.environ.setdefault(cache, "128")
+    _set_threads()
     if sys.argv[1:2] and sys.argv[1] in SERVING:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -237,6 +239,14 @@ def main() -> NoReturn:
             _end_at_once(2)
         sys.exit(2)
     sys.exit(0)
+
+
+def _set_threads() -> None:
+    """Set the number of threads, unless it is given, before torch is imported and reads it."""
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # or MKL takes fewer, and torch as many as it
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(processors().threads)
 
 
 def _end_at_once(code: int) -> NoReturn:

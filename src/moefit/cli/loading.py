@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import torch
 from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -26,6 +27,7 @@ from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.evaluate.bandwidth import Bandwidth
 from moefit.evaluate.loading import computed_whole
 from moefit.evaluate.speed import Speed
+from moefit.host import processors
 from moefit.moe.expert_dropout import ExpertDropoutRecord, dropout_record
 from moefit.moe.routing import Rule
 from moefit.plan.plan_file import Plan
@@ -430,7 +432,8 @@ def _summary(served: ServedModel, options: ServingOptions) -> str:
     formats = _formats(report, options.experts)
     dense = dense_line(options.dense, report["dense_from"])
     adapter = f", with the adapter {report['adapter']}" if report["adapter"] else ""
-    kernels = f", kernels: {backend_status(served.model.device)}"
+    threads = processors().describe(torch.get_num_threads())
+    kernels = f", kernels: {backend_status(served.model.device)}, {threads}"
     return (
         f"{type(served.model).__name__} in {budget}: {slots:,} slots for {experts:,} experts, "
         f"mode {report['mode']}{formats}{dense}{adapter}{kernels}"

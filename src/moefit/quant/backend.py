@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefit.quant.cpu_kernels import SWITCH, KernelMatrix, KernelMlp, Weight, kernels, status
+from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Weight, kernels, status
 from moefit.quant.grouped_int import EncodedRows
+from moefit.quant.library import SWITCH
 
 
 class Backend(Protocol):
@@ -94,6 +95,6 @@ def decoded(matrix: EncodedRows, dtype: torch.dtype) -> Tensor:
 def _triton() -> Backend | None:
     if find_spec("triton") is None:
         return None
-    from moefit.quant.gpu_kernels import TritonKernels
+    from moefit.quant.gpu.gpu_kernels import TritonKernels
 
     return TritonKernels()

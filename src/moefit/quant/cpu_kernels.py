@@ -1,18 +1,16 @@
 """Load and call the compiled CPU kernels.
 
-Finds the shared library, selects the instruction set, checks arguments and calls the functions
-through ctypes. Without the library everything is computed in torch; `MOEFIT_KERNELS` forces a
-level.
+Checks arguments and calls the functions of `quant.library` through ctypes. Without the library
+everything is computed in torch; `MOEFIT_KERNELS` forces a level.
 """
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
-from ctypes import POINTER, Array, Structure, addressof, byref, c_int64, c_void_p
+from ctypes import Array, Structure, addressof, byref, c_void_p
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,40 +20,23 @@ from moefit.errors import ConfigError
 from moefit.graphs import all_outside_of_graphs
 from moefit.moe.routing import Routing, plain_weighted_sum
 from moefit.quant.grouped_int import GROUP, ROWS_AT_ONCE, EncodedRows, GroupedMatrix, groups_of
+from moefit.quant.library import (
+    LEVELS,
+    SWITCH,
+    ExpertStruct,
+    Level,
+    MatrixStruct,
+    available_levels,
+    level_note,
+    library,
+)
 from moefit.quant.moments import SecondMoments
 
-Level = Literal["portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx"]
-LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "amx")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity", "clamped")
 ELEMENTWISE = ("silu", "sigmoid")
-VERSION = 24  # of the C interface; equal to that in csrc/experts.cpp
-SWITCH = "MOEFIT_KERNELS"  # environment variable: a level, or `torch` for none
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 16}  # of any tensor
 Weight = Tensor | EncodedRows
-
-
-class MatrixStruct(Structure):
-    """`Matrix` of csrc/matrix.h."""
-
-    _fields_ = (
-        ("codes", c_void_p),
-        ("meta", c_void_p),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("kind", c_int64),
-    )
-
-
-class _Expert(Structure):
-    _fields_ = (
-        ("w_in", MatrixStruct),
-        ("w_out", MatrixStruct),
-        ("first", c_int64),
-        ("rows", c_int64),
-        ("in_bias", c_void_p),
-        ("out_bias", c_void_p),
-        ("bias_kind", c_int64),
-    )
+_LOG = logging.getLogger(__name__)
 
 
 class KernelMatrix:
@@ -74,7 +55,8 @@ class KernelMatrix:
 class KernelMlp:
     """An expert's matrices and activation: down(act(gate) * up), or down(act(in)); see `MlpShape`.
 
-    `biases` are those of both, contiguous and of one dtype, or None.
+    `biases` are those of both, contiguous and of one dtype, or None. `shape` is the number of
+    inputs, hidden units and outputs.
     """
 
     def __init__(
@@ -88,9 +70,16 @@ class KernelMlp:
     ):
         self.w_in, self.w_out, self.biases = w_in, w_out, biases
         self.activation, self.gated = activation, gated
-        self.argument = _Expert(_matrix(w_in), _matrix(w_out), 0, 0)
+        self.argument = ExpertStruct(_matrix(w_in), _matrix(w_out), 0, 0)
+        into, out = self.argument.w_in, self.argument.w_out
+        self.shape = into.cols, out.cols, out.rows
+        hidden = into.rows // 2 if gated else into.rows
+        assert hidden == out.cols, (
+            f"the first matrix computes {hidden} hidden units, the second takes {out.cols}"
+        )
         if biases is not None:
             assert biases[0].dtype == biases[1].dtype and all(map(Tensor.is_contiguous, biases))
+            assert [one.numel() for one in biases] == [into.rows, out.rows]
             addresses = [one.data_ptr() for one in biases]
             self.argument.in_bias, self.argument.out_bias = addresses
             self.argument.bias_kind = NATIVE_DTYPES[biases[0].dtype]
@@ -104,67 +93,6 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, level: Level):
         self._library, self.level = library, level
         self._level = LEVELS.index(level)
-        library.moefit_linear.argtypes = [
-            c_int64, POINTER(MatrixStruct), c_void_p, c_int64, c_int64, c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_decode.argtypes = [c_int64, POINTER(MatrixStruct), c_void_p, c_int64]
-        library.moefit_fill.argtypes = [
-            POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
-        ]  # fmt: skip
-        library.moefit_encode.restype = c_int64
-        library.moefit_encode.argtypes = [
-            c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_compensate.argtypes = [
-            c_int64, POINTER(MatrixStruct), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
-            c_int64, c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_experts.argtypes = [
-            c_int64, POINTER(_Expert), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
-            c_void_p, c_int64, c_int64, c_int64, c_void_p,
-        ]  # fmt: skip
-        library.moefit_token.argtypes = [
-            c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64,
-            c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_weighted_sum.argtypes = [
-            c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64,
-            c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_attention.argtypes = [
-            c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_write_rows.argtypes = [c_int64, c_void_p]
-        library.moefit_norm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_void_p]
-        library.moefit_route.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
-        library.moefit_block.argtypes = [
-            c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 5,
-        ]  # fmt: skip
-        library.moefit_one_thread.argtypes = [c_int64]
-        library.moefit_use_mkl.argtypes = [c_void_p]
-        library.moefit_use_mkl(_mkl_threads())
-        library.moefit_layers.restype = c_int64
-        library.moefit_layers.argtypes = [
-            c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64,
-            *[c_void_p] * 4,
-        ]  # fmt: skip
-        library.moefit_resident_rows.argtypes = [
-            c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
-        ]  # fmt: skip
-        library.moefit_router.argtypes = [
-            c_int64, c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3,
-        ]  # fmt: skip
-        library.moefit_rotate.argtypes = [c_int64, *[c_void_p] * 7]
-        library.moefit_elementwise.argtypes = [
-            c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p,
-        ]  # fmt: skip
-        library.moefit_latent_queries.argtypes = [
-            c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
-        ]  # fmt: skip
-        library.moefit_latent_values.argtypes = library.moefit_latent_queries.argtypes
-        library.moefit_add_shared.argtypes = [
-            c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
-        ]  # fmt: skip
 
     def linear(
         self,
@@ -289,12 +217,13 @@ class Kernels:
 
         Hidden units are rounded where torch would round them.
         """
-        array, first = (_Expert * len(mlps))(), 0
+        array, first = (ExpertStruct * len(mlps))(), 0
         for number, (mlp, its_tokens) in enumerate(zip(mlps, tokens, strict=True)):
             array[number] = mlp.argument
             array[number].first, array[number].rows = first, len(its_tokens)
             first += len(its_tokens)
-        y_RD = torch.empty(first, x_TD.shape[1], dtype=torch.float32)
+        width = mlps[0].shape[2] if mlps else x_TD.shape[1]
+        y_RD = torch.empty(first, width, dtype=torch.float32)
         if not first:
             return y_RD
         token_R = join_tokens(tokens)
@@ -307,7 +236,7 @@ class Kernels:
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], rows: Sequence[int], y_KD: Tensor
     ) -> None:
         """Write each expert's unweighted output for one token to its row of float32 y_KD."""
-        array = (_Expert * len(mlps))()
+        array = (ExpertStruct * len(mlps))()
         for number, (mlp, row) in enumerate(zip(mlps, rows, strict=True)):
             array[number] = mlp.argument
             array[number].first, array[number].rows = row, 1
@@ -317,8 +246,7 @@ class Kernels:
         self, x_1D: Tensor, mlps: Sequence[KernelMlp], weights_1K: Tensor, *, energy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return one token's weighted sum of experts: `one_token`, then `weighted_sum`."""
-        one = mlps[0]
-        assert all(mlp.argument.w_in.cols == x_1D.shape[1] for mlp in mlps)
+        one = _alike(mlps, x_1D)
         if x_1D.dtype not in NATIVE_DTYPES or weights_1K.dtype not in NATIVE_DTYPES:
             y_KD = torch.empty(len(mlps), one.argument.w_out.rows, dtype=torch.float32)
             self.one_token(x_1D, mlps, range(len(mlps)), y_KD)
@@ -344,10 +272,10 @@ class Kernels:
         y_RD: Tensor,
     ) -> None:
         """Compute all experts; `token_R` is None if there is only one token."""
-        assert all(x_TD.shape[1] == mlp.argument.w_in.cols for mlp in mlps)
-        x_TD = _contiguous(x_TD)
-        one, w_out = mlps[0], mlps[0].argument.w_out
-        scratch = groups_of(max(one.argument.w_in.rows, w_out.cols)) * GROUP
+        one, x_TD = _alike(mlps, x_TD), _contiguous(x_TD)
+        assert y_RD.is_contiguous() and y_RD.dtype == torch.float32
+        assert y_RD.shape[1] == one.shape[2], f"{one.shape[2]} outputs, but rows of {y_RD.shape[1]}"
+        scratch = groups_of(max(one.argument.w_in.rows, one.shape[1])) * GROUP
         h_RQ = torch.empty(len(y_RD), scratch, dtype=torch.float32)
         self._library.moefit_experts(
             self._level, array, len(mlps), None if token_R is None else token_R.data_ptr(),
@@ -505,56 +433,23 @@ def kernels(level: str | None = None) -> Kernels | None:
         ConfigError: The level is unknown.
     """
     wanted = level or os.environ.get(SWITCH) or LEVELS[-1]
+    if level is None and (note := level_note()):
+        _LOG.warning("warning: %s", note)
     if wanted not in (*LEVELS, "torch"):
         raise ConfigError(f"{SWITCH}={wanted!r} is none of {', '.join(LEVELS)} and torch")
-    library = _library() if wanted in LEVELS else None
-    if library is None:
+    compiled = library() if wanted in LEVELS else None
+    if compiled is None:
         return None
     last = LEVELS.index(cast(Level, wanted))
     allowed: list[Level] = [one for one in available_levels() if LEVELS.index(one) <= last]
-    return Kernels(library, allowed[-1])
-
-
-@cache
-def available_levels() -> tuple[Level, ...]:
-    """Return the levels that this processor has; none if the kernels are not compiled."""
-    library = _library()
-    found = int(library.moefit_levels()) if library else 0
-    return tuple(level for number, level in enumerate(LEVELS) if found >> number & 1)
+    return Kernels(compiled, allowed[-1])
 
 
 def status() -> str:
     """Return the level in use, or `torch` and the reason."""
     if compiled := kernels():
         return compiled.level
-    return f"torch: {SWITCH}=torch" if _library() else "torch: not compiled"
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
-        with suppress(OSError):  # built for another system
-            library = ctypes.CDLL(str(path))
-            if _version(library) == VERSION:
-                library.moefit_levels.restype = c_int64
-                return library
-    return None
-
-
-def _mkl_threads() -> int | None:
-    """Return the address of MKL's function for the number of threads, if torch contains MKL."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    with suppress(OSError, AttributeError):
-        return ctypes.cast(ctypes.CDLL(str(path)).MKL_Set_Num_Threads_Local, c_void_p).value
-    return None
-
-
-def _version(library: ctypes.CDLL) -> int:
-    """Return the version of the library's interface; 0 for a library of old sources without one."""
-    if not hasattr(library, "moefit_version"):
-        return 0
-    library.moefit_version.restype = c_int64
-    return int(library.moefit_version())
+    return f"torch: {SWITCH}=torch" if library() else "torch: not compiled"
 
 
 def join_tokens(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
@@ -562,6 +457,21 @@ def join_tokens(tokens: Sequence[Sequence[int] | Tensor]) -> Tensor:
     if all(isinstance(part, Tensor) for part in tokens):
         return torch.cat([part for part in tokens if isinstance(part, Tensor)])
     return torch.tensor([int(token) for part in tokens for token in part])
+
+
+def _alike(mlps: Sequence[KernelMlp], x_TD: Tensor) -> KernelMlp:
+    """Return the first expert, whose shape and activation the kernel takes for those of all."""
+    first = mlps[0]
+    kind = first.shape, first.activation, first.gated
+    for number, one in enumerate(mlps):
+        assert (one.shape, one.activation, one.gated) == kind, (
+            f"expert {number} is {one.shape} {one.activation}, others are {first.shape} "
+            f"{first.activation}: one call computes experts of one shape (inputs, hidden units, "
+            "outputs) and activation"
+        )
+    width = x_TD.shape[1]
+    assert first.shape[0] == width, f"experts take {first.shape[0]} inputs, but tokens have {width}"
+    return first
 
 
 def _contiguous(x_TI: Tensor) -> Tensor:

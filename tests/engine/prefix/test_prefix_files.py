@@ -18,7 +18,7 @@ from moefit.engine.prefix.files import fingerprint_of
 from moefit.engine.prefix.store import PrefixStore
 from moefit.engine.prefix.tree import Prefix
 from moefit.errors import ConfigError
-from moefit.quant.cpu_kernels import VERSION
+from moefit.quant.library import VERSION
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
 

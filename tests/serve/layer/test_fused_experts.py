@@ -21,8 +21,8 @@ from moefit.moe.families import MoeBlock, TensorSpec
 from moefit.moe.layouts import find_blocks
 from moefit.moe.routing import Routing
 from moefit.quant import cpu_kernels as kernels_module
-from moefit.quant.cpu_kernels import LEVELS, SWITCH
 from moefit.quant.format import FORMATS, Format, GroupedFormat
+from moefit.quant.library import LEVELS, SWITCH
 from moefit.serve.cache.eviction import LeastRecentlyUsed
 from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.cache.slot_table import SlotTable
@@ -48,7 +48,7 @@ def computing(request, monkeypatch):
     """Run with the best kernels here, with none and, if requested, on a GPU."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed (its wheel has 290 MB)")
-        from moefit.quant.gpu_kernels import TritonKernels
+        from moefit.quant.gpu.gpu_kernels import TritonKernels
 
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter is off where there is a GPU")

@@ -27,7 +27,7 @@ from moefit.engine.runners import Runner, VarlenRunner
 from moefit.engine.scheduler import Scheduler
 from moefit.errors import ConfigError
 from moefit.quant.backend import backend_status
-from moefit.quant.cpu_kernels import VERSION
+from moefit.quant.library import VERSION
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
 from moefit.serve.model import ServedModel

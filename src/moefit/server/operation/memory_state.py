@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from moefit.engine.api import EngineStats
@@ -11,7 +12,10 @@ from moefit.engine.prefix.cache import PrefixStats
 from moefit.engine.prefix.reuse import Coverage
 from moefit.engine.speculation.drafts import SpeculationStats
 from moefit.engine.speculation.requests import SpeculationCoverage
+from moefit.host import processors
 from moefit.plan.plan_file import Plan
+from moefit.quant.backend import backend_status
+from moefit.quant.library import level_note
 from moefit.serve.memory.follow import BudgetFollower
 from moefit.serve.report import BlockView
 from moefit.server.service import Service
@@ -81,6 +85,28 @@ class InvarianceState(BaseModel):
     covered: bool
     deterministic: bool
     not_covered: list[UncoveredOperation]
+
+
+class ProcessorState(BaseModel):
+    """What computes on the CPU.
+
+    Attributes:
+        kernels: Kernels in use: their instruction set level, or `torch` and why there are none.
+        kernels_note: Why they are not those that were asked for; may be empty.
+        threads: Number of threads that compute.
+        threads_reason: Why so many.
+        logical: Logical processors that this process may run on.
+        cores: Physical cores that these are part of.
+        quota: Processors' worth of time that control groups allow; null without a limit.
+    """
+
+    kernels: str
+    kernels_note: str
+    threads: int
+    threads_reason: str
+    logical: int
+    cores: int
+    quota: float | None
 
 
 class CheckpointFormats(BaseModel):
@@ -244,6 +270,7 @@ class MemoryState(BaseModel):
         plan: The plan in force; null if there is none or settings were changed since.
         problems: Problems as `/health` reports them.
         invariance: Whether answers depend on other requests.
+        processor: Kernels and threads that compute.
         following: Whether the budget follows free memory (`--memory auto`), and its limits; null
             where it cannot.
     """
@@ -280,6 +307,7 @@ class MemoryState(BaseModel):
     counters: dict[str, Any]
     problems: list[str]
     invariance: InvarianceState
+    processor: ProcessorState
     following: FollowingState | None
 
 
@@ -317,9 +345,23 @@ def memory_state(service: Service) -> MemoryState:
         counters=counters,
         problems=service.problems(),
         invariance=_invariance(engine.invariance),
+        processor=_processor(engine.served.model.device),
         following=_following(service.follower),
         **limits,
         **{name: report[name] for name in same},
+    )
+
+
+def _processor(device: torch.device) -> ProcessorState:
+    found, threads = processors(), torch.get_num_threads()
+    return ProcessorState(
+        kernels=backend_status(device),
+        kernels_note=level_note(),
+        threads=threads,
+        threads_reason=found.describe(threads),
+        logical=found.logical,
+        cores=found.cores,
+        quota=found.quota,
     )
 
 

@@ -15,7 +15,7 @@ Shapes: T tokens, N output units, G groups, I the 64 weights of a group, C colum
 import triton
 import triton.language as tl
 
-from moefit.quant.triton_planes import (
+from moefit.quant.gpu.triton_planes import (
     FP8,
     GROUP,
     INTERPRETED,

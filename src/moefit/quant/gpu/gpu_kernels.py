@@ -22,15 +22,15 @@ from moefit.quant.cpu_kernels import (
     Weight,
     join_tokens,
 )
-from moefit.quant.grouped_int import EncodedRows, groups_of
-from moefit.quant.triton_kernels import (
+from moefit.quant.gpu.triton_kernels import (
     MIXED,
     decode_kernel,
     down_kernel,
     hidden_kernel,
     linear_kernel,
 )
-from moefit.quant.triton_planes import FP8, SCALED
+from moefit.quant.gpu.triton_planes import FP8, SCALED
+from moefit.quant.grouped_int import EncodedRows, groups_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tokens in a tile: output units in it. Tensor cores need 16 tokens or more; one token uses none.
