@@ -55,6 +55,16 @@ _SMALL = {
 MODELS |= {
     f"small-{name}": {**one, "model": {**one["model"], **_SMALL}} for name, one in MODELS.items()
 }
+# transformers' OLMoE, the class of the checkpoints that `moefit adapt` is for.
+MODELS["small-olmoe"] = {
+    "model": {
+        "architecture": "olmoe",
+        **{name: value for name, value in (SHAPE | _SMALL).items() if name != "qk_norm"},
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
+    "loss": {"load_balancing": 0.0025},
+}
 # What 5 or 4 of 16 experts can reach at all: models that have no more, trained alone.
 MODELS |= {
     f"small-sparse-{experts}": {
