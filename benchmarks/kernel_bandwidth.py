@@ -2,13 +2,18 @@
 
     python benchmarks/kernel_bandwidth.py [--formats bf16,f32,int8,int4,int3,int2,mxfp4,fp8,q4_k]
         [--threads 1,2] [--tokens 1,64,512] [--gib 0.5] [--rounds 7] [--save NAME]
+        [--model FOLDER]
 
-Two operations: eight experts of OLMoE's shape with one token, and a linear layer with any number.
+Three operations: eight experts of OLMoE's shape with one token, a linear layer with any number,
+and 64 such experts with a prompt, eight of them per token. With `--model`, a checkpoint of OLMoE's
+shape with few layers (make_checkpoint.py), also whole prompts: all layers of the model as served.
 Weights of one token's products are read in turn from more memory than the caches hold, in huge
 pages as in a server. The ceilings, in turn with the kernels, are plain reading, and products in
 registers (ceilings.cpp): float32 multiply-adds for matrices of floats, and for integers int16
-products added to int32 sums. These are instructions of AVX2; kernels of wider levels, for which
-rates are not shown, may be faster. A product counts as two operations. Medians of rounds.
+products added to int32 sums. These are instructions of AVX2. "of_processor" is of the fastest
+instructions for the format that the processor has: float32, bfloat16 and bytes with AVX-512, tiles
+of bfloat16 and bytes with AMX. A product counts as two operations, whatever it is computed by: with
+activations of 15 bits (int8) a kernel computes each twice. Medians of rounds.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import moefit
 from moefit.checkpoint.gguf.blocks import K_QUANTS
 from moefit.moe.families import ScaledCodes
 from moefit.quant.cpu_kernels import KernelMatrix, KernelMlp, Kernels, Weight, kernels, status
@@ -36,6 +43,7 @@ from moefit.quant.grouped_int import GroupedMatrix
 from moefit.quant.scaled.fp8 import Fp8Matrix, fp8_bytes
 from moefit.quant.scaled.held import held_bytes, held_matrix
 from moefit.serve.cache.slot import host_bytes
+from moefit.serve.model import ServedModel
 
 WIDTH, EXPERT = 2048, 1024  # OLMoE's
 TOP_K = 8
@@ -48,9 +56,19 @@ CODES = {
     **{type: ScaledCodes(type, type, "float16", 256) for type in K_QUANTS},
 }
 FLOATS = {"bf16": torch.bfloat16, "f32": torch.float32}
+MOST_TOKENS = 4096
 PAUSE = 0.01  # seconds, until no thread of the kernels' pool spins
 BURST = 4_000_000  # of 12 vectors of products
 CEILING_VECTORS = {"float rate": 12 * 8, "integer rate": 12 * 16}
+# Function of ceilings.cpp, products of a step and steps, in the order of wide_products_here.
+WIDE = {
+    "float rate, AVX-512": ("wide_float_products", 12 * 16, BURST),
+    "bfloat16 rate, AVX-512": ("wide_bfloat16_products", 12 * 32, BURST),
+    "byte rate, AVX-512": ("wide_byte_products", 12 * 64, BURST),
+    "bfloat16 rate, AMX": ("tile_bfloat16_products", 4 * 16 * 16 * 32, BURST // 20),
+    "byte rate, AMX": ("tile_byte_products", 4 * 16 * 16 * 64, BURST // 20),
+}
+EXPERTS = 64  # of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +89,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,64,512")
     parser.add_argument("--gib", type=float, default=0.5, help="weights read by one token")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", type=Path, help="a checkpoint of OLMoE's shape")
     parser.add_argument("--save", metavar="NAME")
     arguments = parser.parse_args()
     compiled = kernels()
@@ -83,14 +102,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         limits = ceilings(Path(folder), size)
         for name in arguments.formats.split(","):
-            work = limits | dict(ways(compiled, name, tokens, size))
-            points += measured(name, work, threads, arguments.rounds)
+            with ExitStack() as opened:
+                work = limits | dict(ways(compiled, name, tokens, size))
+                if arguments.model is not None:
+                    served = opened.enter_context(loaded(arguments.model, name))
+                    work |= {f"whole prompt, {n} tokens": prompt(served, n) for n in tokens[1:]}
+                points += measured(name, work, threads, arguments.rounds)
     results = {"level": compiled.level, "points": points}
     Console(width=110).print(table(results))
     if arguments.save:
         notes = (
             "bytes of weights, scales and minima; two operations a product; medians; shares are "
-            "of plain reading and of AVX2's products in registers, measured in turn"
+            "of plain reading, of AVX2's products in registers and of the fastest products in "
+            "registers that suit the format, measured in turn"
         )
         print(record.write("kernel-roofline", results, notes=notes, suffix=arguments.save))
 
@@ -105,8 +129,10 @@ def ceilings(folder: Path, size: int) -> dict[str, Work]:
     for function in (library.float_products, library.integer_products):
         function.argtypes = [ctypes.c_int64, ctypes.c_int64]
     memory = host_bytes(size).fill_(1)
-    vectors = CEILING_VECTORS
+    vectors, here = CEILING_VECTORS, library.wide_products_here()
+    wide = {name: one for bit, (name, one) in enumerate(WIDE.items()) if here >> bit & 1}
     return {
+        **{name: wide_rate(library, *one) for name, one in wide.items()},
         "reading": Work(
             call=lambda threads: library.read_memory(memory.data_ptr(), size, threads), nbytes=size
         ),
@@ -123,6 +149,42 @@ def ceilings(folder: Path, size: int) -> dict[str, Work]:
     }
 
 
+def wide_rate(library: ctypes.CDLL, function: str, products: int, steps: int) -> Work:
+    compute = getattr(library, function)
+    compute.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    return Work(
+        call=lambda threads: compute(steps, threads),
+        operations=2 * products * steps,
+        each_thread=True,
+    )
+
+
+def loaded(folder: Path, name: str) -> ServedModel:
+    """Return the model with all weights in a format."""
+    if name == "bf16":
+        return moefit.load(str(folder), context=MOST_TOKENS)
+    format = f"{name}-nearest"
+    return moefit.load(str(folder), context=MOST_TOKENS, precision=format, dense_precision=format)
+
+
+def prompt(served: ServedModel, tokens: int) -> Work:
+    """Return all layers with a prompt; only the last token's logits are computed."""
+    config: Any = served.model.config
+    ids_1T = torch.randint(config.vocab_size, (1, tokens))
+    width, heads = config.hidden_size, config.num_attention_heads
+    keys = width // heads * config.num_key_value_heads
+    layer = 2 * width * (width + keys) + width * config.num_experts
+    layer += config.num_experts_per_tok * 3 * width * config.intermediate_size
+    scores = width * (tokens + 1)  # of a token with those before it, and the sum of their values
+    products = config.num_hidden_layers * tokens * (layer + scores) + width * config.vocab_size
+
+    def call(_threads: int) -> None:
+        with torch.inference_mode():
+            served.model(ids_1T, logits_to_keep=1)
+
+    return Work(call=call, operations=2 * products)
+
+
 def ways(compiled: Kernels, name: str, tokens: list[int], size: int) -> Iterator[tuple[str, Work]]:
     dtype = torch.float32 if name == "f32" else torch.bfloat16
     if 1 in tokens:
@@ -132,6 +194,8 @@ def ways(compiled: Kernels, name: str, tokens: list[int], size: int) -> Iterator
         while number == 1 and len(layers) * nbytes(layers[0]) < size:
             layers.append(random_matrix(name, ROWS, WIDTH))
         yield f"linear, {number} token{'s' * (number > 1)}", linear(compiled, layers, number, dtype)
+        if number > 1:
+            yield f"experts, {number} tokens", routed(compiled, name, number, dtype)
 
 
 def experts(compiled: Kernels, name: str, dtype: torch.dtype, size: int) -> Work:
@@ -149,6 +213,28 @@ def experts(compiled: Kernels, name: str, dtype: torch.dtype, size: int) -> Work
             compiled.experts(x_1D, mlps[first : first + TOP_K], [(0,)] * TOP_K)
 
     return Work(call=call, nbytes=held, operations=2 * weights)
+
+
+def routed(compiled: Kernels, name: str, tokens: int, dtype: torch.dtype) -> Work:
+    """Return a layer's experts with a prompt that uses all of them alike."""
+    x_TD = torch.randn(tokens, WIDTH).to(dtype)
+    mlps = [
+        KernelMlp(
+            w_in=random_matrix(name, 2 * EXPERT, WIDTH),
+            w_out=random_matrix(name, WIDTH, EXPERT),
+            activation="silu",
+            gated=True,
+        )
+        for _ in range(EXPERTS)
+    ]
+    chosen_TK = torch.rand(tokens, EXPERTS).topk(TOP_K).indices
+    tokens_of = [(chosen_TK == expert).any(-1).nonzero()[:, 0] for expert in range(EXPERTS)]
+    size = sum(nbytes(one.w_in) + nbytes(one.w_out) for one in mlps)
+
+    def call(_threads: int) -> None:
+        compiled.experts(x_TD, mlps, tokens_of)
+
+    return Work(call=call, nbytes=size, operations=2 * tokens * TOP_K * 3 * WIDTH * EXPERT)
 
 
 def linear(compiled: Kernels, weights: list[Weight], tokens: int, dtype: torch.dtype) -> Work:
@@ -210,12 +296,18 @@ def measured(
                 one.call(number)
                 seconds.setdefault((way, number), []).append(time.perf_counter() - began)
     rates = {key: median(found[1:]) for key, found in seconds.items()}  # the first only warms up
-    rate = "float rate" if name in (*FLOATS, "fp8") else "integer rate"
+    floats = name in (*FLOATS, "fp8")
+    rate = "float rate" if floats else "integer rate"
+    kinds = (
+        ("float",) if name == "f32" else ("float", "bfloat16") if floats else ("integer", "byte")
+    )
+    suited = [one for one in work if "rate" in one and one.startswith(kinds[: 1 + (name != "f32")])]
     for (way, number), median_seconds in rates.items():
         one = work[way]
         times = number if one.each_thread else 1
         reading = work["reading"].nbytes / rates["reading", number]
         products = work[rate].operations * number / rates[rate, number]
+        most = max(work[one].operations * number / rates[one, number] for one in suited)
         yield {
             "format": name,
             "call": way,
@@ -227,12 +319,22 @@ def measured(
             "operations_per_second": one.operations * times / median_seconds,
             "of_reading": one.nbytes / median_seconds / reading,
             "of_rate": one.operations * times / median_seconds / products,
+            "of_processor": one.operations * times / median_seconds / most,
         }
 
 
 def table(results: dict[str, Any]) -> Table:
     out = Table(title=f"kernels, {results['level']}", title_justify="left")
-    names = "format", "call", "threads", "GB/s", "of reading", "Gop/s", "of products' rate"
+    names = (
+        "format",
+        "call",
+        "threads",
+        "GB/s",
+        "of reading",
+        "Gop/s",
+        "of AVX2",
+        "of the processor",
+    )
     for name in names:
         out.add_column(name, justify="left" if name in ("format", "call") else "right")
     for one in results["points"]:
@@ -244,6 +346,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{one['of_reading']:.0%}" if one["bytes"] else "",
             f"{one['operations_per_second'] / 1e9:.0f}" if one["operations"] else "",
             f"{one['of_rate']:.0%}" if one["operations"] else "",
+            f"{one['of_processor']:.0%}" if one["operations"] else "",
         )
     return out
 
