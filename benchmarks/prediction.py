@@ -18,6 +18,7 @@ from moefit.api import folder_of
 from moefit.evaluate.prediction import measure_prediction, total
 from moefit.serve.config import BlockPlacement
 from moefit.serve.hf.skeleton import build_skeleton
+from moefit.serve.prediction.probes import DEPTHS
 
 
 def main() -> None:
@@ -35,12 +36,15 @@ def main() -> None:
     for slots in given.slots:
         placement = dict.fromkeys(names, BlockPlacement(slots=slots, formats=("native",)))
         how = {"prefetch": "on", "context": given.context, "placement": placement}
-        with moefit.load(given.model, **how) as served:
+        with moefit.load(given.model, **how, probe_depth=DEPTHS) as served:
             ids_T = torch.tensor(served.tokenizer(text)["input_ids"][: given.tokens])
             found = measure_prediction(served, ids_T)
+            about = served.prefetching.probes.as_dict()
         results.append({"slots_per_layer": slots} | found.as_dict())
         for ahead, layers in found.layers.items():
             print(slots, "slots,", ahead, "ahead:", total(layers).as_dict(), flush=True)
+        for ahead, layers in found.probes.items():
+            print(slots, "slots, probes,", ahead, "ahead:", total(layers).as_dict(), flush=True)
         for name, one in found.baselines.items():
             print(slots, "slots,", name, one.as_dict(), flush=True)
     if given.record:
@@ -48,6 +52,8 @@ def main() -> None:
             f"{Path(given.model).name}, {given.tokens} tokens of {given.text.name}, decoded one by "
             "one; nothing is read early, so that all missing experts count."
         )
+        if about:
+            notes += f" Probes fitted on {about['tokens']:,} tokens of {about['text']}."
         print(record.write("prediction", results, notes=notes))
 
 

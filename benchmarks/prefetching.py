@@ -2,19 +2,22 @@
 
     python benchmarks/prefetching.py FOLDER --memory 2.47GiB,1.37GiB --rates 0.4GB,1GB,2GB,none
         [--precision int8] [--replay TRACE.npz --found 0.3 --right 0.8] [--save NAME]
-        [--slots N,M] [--arms off,guess,probes,oracle,auto] [--new-tokens 32] [--warm-up 24]
-        [--rounds 1]
+        [--probes-found 0.6 --probes-right 0.8] [--slots N,M] [--new-tokens 32] [--warm-up 24]
+        [--arms off,guess,guess@2,probes,oracle,auto] [--rounds 1] [--add]
 
 One model is loaded per budget (`--memory`), or once and given so many slots per layer (`--slots`).
 Each arm decodes the same tokens, beginning with empty slots: `off`; `guess`, which always
 prefetches; `probes`, the same with probes from `moefit pack --probes`; `oracle`, the same with the
-router's own choice as the guess; `auto`, which measures, with probes if there are any.
+router's own choice as the guess; `auto`, which measures, with probes if there are any, and decodes
+as many tokens before the others as its decision takes. ARM@N looks N layers ahead instead of one.
 
-With `--replay` routers choose what a recording chose (serving_speed.py), and `guess` is drawn: of
-the experts that a router will choose it names those in memory, the missing ones with probability
-`--found`, and so many wrong ones that a share `--right` of the named missing ones is right, as
-measured by `moefit bench --predict` and without `--replay` on trained models. Without it, `guess`
-is the next router, on a text (`--text`).
+With `--replay` routers choose what a recording chose (serving_speed.py), and guesses are drawn: of
+the experts that a router will choose they name those in memory, the missing ones with probability
+`--found` (for `probes` `--probes-found`), and so many wrong ones that a share `--right` of the
+named missing ones is right, as measured by benchmarks/prediction.py on trained models. Both may be
+given by distance, such as 0.57,0.52,0.48,0.42. What is found from far is found from near too.
+Without `--replay`, `guess` is the next router, on a text (`--text`). `--add` keeps what the record
+of the same name and day has of other settings.
 """
 
 import argparse
@@ -22,6 +25,8 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ import moefit
 from moefit.evaluate.decoding import Decoding
 from moefit.evaluate.passage import read_text
 from moefit.serve.model import ServedModel
+from moefit.serve.prediction.guesses import TRIAL_STEPS
 from moefit.serve.prediction.prefetch import Prefetcher, Trial
 from moefit.serve.prediction.probes import Probes
 
@@ -47,26 +53,41 @@ class Drawn:
     Args:
         served: The model, whose routers replay a recording.
         replayed: The recorded choices of each layer.
-        found: Probability of naming a chosen expert that is missing.
-        right: Share of the named missing experts that are chosen.
+        found: Probability of naming a chosen expert that is missing, by distance.
+        right: Share of the named missing experts that are chosen, by distance.
     """
 
-    def __init__(self, served: ServedModel, replayed: list[Any], found: float, right: float):
+    def __init__(
+        self,
+        served: ServedModel,
+        replayed: list[Any],
+        found: Sequence[float],
+        right: Sequence[float],
+    ):
         self._blocks, self._replayed = list(served.blocks.values()), replayed
-        self._found, self._random = found, random.Random(SEED)
-        self._wrong = (1 - right) / right  # for each right one
+        self._found, self._right = found, right
+
+    def restart(self) -> None:
+        """Replay the recording from its beginning."""
+        for one in self._replayed:
+            one.restart()
 
     def scores(self, block: int, ahead: int, x_TD: Tensor) -> Tensor:
         experts = self._blocks[block + ahead]
         chosen = self._replayed[block + ahead].coming(len(x_TD))
         scores_TE = torch.full((len(x_TD), experts.num_experts), -1.0)
-        residents, draw = set(experts.slot_table.residents), self._random
-        used = residents | set(chosen.flatten().tolist())
+        here = {*experts.slot_table.residents, *experts.slot_table.filling}
+        used = here | set(chosen.flatten().tolist())
         others = sorted(set(range(experts.num_experts)) - used)
+        found = self._found[min(ahead, len(self._found)) - 1]
+        right = self._right[min(ahead, len(self._right)) - 1]
         for row, ids in enumerate(chosen.tolist()):
-            held = [one for one in ids if one in residents]
-            missing = [one for one in ids if one not in residents and draw.random() < self._found]
-            wrong = sum(draw.random() < self._wrong for _ in missing)
+            # The same draws from every distance, as errors of predictors are alike.
+            draw = random.Random(f"{SEED} {block + ahead} {self._replayed[block + ahead].position}")
+            drawn = {one: draw.random() for one in ids}
+            held = [one for one in ids if one in here]
+            missing = [one for one in ids if one not in here and drawn[one] < found]
+            wrong = sum(draw.random() < (1 - right) / right for _ in missing)
             wrong = min(wrong, len(ids) - len(held) - len(missing), len(others))
             scores_TE[row, held + missing + draw.sample(others, wrong)] = 1.0
         return scores_TE
@@ -124,6 +145,11 @@ def main() -> None:
 
 def save(results: dict[str, Any], arguments: argparse.Namespace) -> Path:
     drawn = f"; drawn guesses find {arguments.found} of the missing, {arguments.right} are right"
+    drawn += f"; those of probes {arguments.probes_found} and {arguments.probes_right}"
+    if arguments.add:
+        old = record.RESULTS / f"prefetching-{arguments.save}-{date.today().isoformat()}.json"
+        known = json.loads(old.read_text())["results"] if old.is_file() else {}
+        results = known | results
     notes = "all arms decode the same tokens from empty slots" + (drawn if arguments.replay else "")
     if arguments.probes_text:
         notes += f"; probes fitted on {arguments.probes_text}"
@@ -139,21 +165,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="native")
     parser.add_argument("--replay", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--found", type=float, default=0.3)
-    parser.add_argument("--right", type=float, default=0.8)
+    parser.add_argument("--found", type=numbers, default=[0.3])
+    parser.add_argument("--right", type=numbers, default=[0.8])
+    parser.add_argument("--probes-found", type=numbers, default=[0.6])
+    parser.add_argument("--probes-right", type=numbers, default=[0.8])
     parser.add_argument("--arms", default="off,guess,oracle,auto")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--warm-up", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", metavar="NAME")
+    parser.add_argument("--add", action="store_true")
     return parser.parse_args()
+
+
+def numbers(given: str) -> list[float]:
+    return [float(one) for one in given.split(",")]
 
 
 def measured(served: ServedModel, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return tokens/s and counters of each arm, and speeds relative to `off`."""
     replayed = replay(served, arguments.replay) if arguments.replay else []
-    tokens = arguments.warm_up + arguments.new_tokens
+    tokens = max(arguments.warm_up + arguments.new_tokens, TRIAL_STEPS)
     if arguments.replay:
         vocabulary = served.model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(SEED)
@@ -190,9 +223,12 @@ def predictor_of(
     choices: list[list[list[int]]],
     arguments: argparse.Namespace,
 ) -> Any:
+    arm = arm.partition("@")[0]
     if arm == "oracle":
         experts = next(iter(served.blocks.values())).num_experts
-        return Drawn(served, replayed, 1.0, 1.0) if replayed else Recorded(choices, experts)
+        return Drawn(served, replayed, [1.0], [1.0]) if replayed else Recorded(choices, experts)
+    if replayed and arm in ("probes", "auto"):
+        return Drawn(served, replayed, arguments.probes_found, arguments.probes_right)
     if replayed:
         return Drawn(served, replayed, arguments.found, arguments.right)
     found = served.prefetching
@@ -201,31 +237,45 @@ def predictor_of(
     return found.routers if arm == "guess" else found.predictor
 
 
+def decoded(served: ServedModel, predictor: Any, ids_T: Tensor, warm_up: int) -> list[float]:
+    """Decode tokens from empty slots; return the seconds of those after the warm-up."""
+    served.set_residents(dict.fromkeys(served.blocks, ()))
+    if isinstance(predictor, Drawn):
+        predictor.restart()
+    decoding, seconds = Decoding(served), []
+    for number, ids_1 in enumerate(ids_T.split(1)):
+        if isinstance(predictor, Recorded):
+            predictor.at = number
+        if number == warm_up:
+            served.reset()
+        began = time.perf_counter()
+        decoding(ids_1)
+        seconds.append(time.perf_counter() - began)
+    return seconds[warm_up:]
+
+
 @torch.inference_mode()
 def one_arm(
     served: ServedModel, arm: str, predictor: Any, ids_T: Tensor, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Decode the tokens from empty slots with a prefetcher of its own."""
+    arm, _, horizon = arm.partition("@")
     trial = Trial() if arm == "auto" else None
-    watcher = Prefetcher(list(served.blocks.values()), served._shared, predictor, trial)
+    blocks = list(served.blocks.values())
+    watcher = Prefetcher(blocks, served._shared, predictor, trial, int(horizon or 1))
     if isinstance(predictor, Recorded):
         predictor.watcher = watcher
-    served.set_residents(dict.fromkeys(served.blocks, ()))
-    seconds: list[float] = []
+    tokens = arguments.warm_up + arguments.new_tokens
     with served.watched(None if arm == "off" else watcher):
-        decoding = Decoding(served)
-        for number, ids_1 in enumerate(ids_T[:-1].split(1)):
-            if isinstance(predictor, Recorded):
-                predictor.at = number
-            if number == arguments.warm_up:
-                served.reset()
-            began = time.perf_counter()
-            decoding(ids_1)
-            seconds.append(time.perf_counter() - began)
-    report, timed = served.report(), seconds[arguments.warm_up :]
+        if trial is not None:
+            decoded(served, predictor, ids_T[:TRIAL_STEPS], arguments.warm_up)
+            trial.interrupted()
+        timed = decoded(served, predictor, ids_T[:tokens], arguments.warm_up)
+    report = served.report()
     names = ("hit_rate", "prefetches", "prefetches_used", "wait_seconds")
     return {
         "tokens_per_second": len(timed) / sum(timed),
+        "pays": None if trial is None else trial.pays(1),
         **{name: report[name] for name in names},
         "prefetched_bytes": report["prefetched_bytes"],
         "wasted_bytes": report["prefetch_wasted_bytes"],

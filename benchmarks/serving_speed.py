@@ -255,6 +255,11 @@ class _Replayed:
         """Return the experts of the next tokens."""
         return self._ids[(self._at + torch.arange(tokens)) % len(self._ids)]
 
+    @property
+    def position(self) -> int:
+        """The next token's."""
+        return self._at
+
     def restart(self) -> None:
         self._at = 0
 

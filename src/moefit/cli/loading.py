@@ -66,6 +66,7 @@ def load_served(model: str, options: ServingOptions, **settings: Any) -> ServedM
         options.check_bound()
     how = {**options.load_settings(), **options.mode_settings(), **settings}
     how.setdefault("prefetch", options.prefetch.value)
+    how.setdefault("prefetch_horizon", options.prefetch_horizon)
     with loading() as progress:
         served = load(model, **how, progress=progress)
     _say_summary(served, model, options)
@@ -113,7 +114,11 @@ def load_planned(model: str, options: ServingOptions, **settings: Any) -> tuple[
         "host_compute": options.host_compute.value,
         "device": options.device,
     }
-    whole = {"step_tokens": None, "prefetch": options.prefetch.value}
+    whole = {
+        "step_tokens": None,
+        "prefetch": options.prefetch.value,
+        "prefetch_horizon": options.prefetch_horizon,
+    }
     chosen = {**device, **plan.settings(), **whole, **settings}
     if options.kv_cache is KvCache.int8:  # also for a plan that reserves for the model's dtype
         chosen["kv_cache"] = options.kv_cache.value

@@ -475,6 +475,8 @@ def _refuse_with_predict(
     given = None
     if options.prefetch is not PrefetchName.off:
         given = f"--prefetch {options.prefetch.value}"
+    elif options.prefetch_horizon > 1:
+        given = f"--prefetch-horizon {options.prefetch_horizon}"
     elif prompt_tokens is not None:
         given = f"--prompt-tokens {prompt_tokens}"
     elif seed is not None:

@@ -278,6 +278,10 @@ class ServingOptions(MemoryOptions):
             "while that makes steps faster. Can gain where cores are idle while experts are read."
         ),
     ] = PrefetchName.off
+    prefetch_horizon: Annotated[
+        int,
+        advanced("With --prefetch: layers ahead for which experts are read.", min=1, max=4),
+    ] = 1
     plan: Annotated[
         Path | None, advanced("Serve by the plan in this file, from moefit plan --save.")
     ] = None
@@ -297,7 +301,7 @@ class ServingOptions(MemoryOptions):
     @property
     def is_served(self) -> bool:
         """Whether any option is given that only served models have."""
-        prefetches = self.prefetch is not PrefetchName.off
+        prefetches = self.prefetch is not PrefetchName.off or self.prefetch_horizon > 1
         return self.sets_memory or self.sets_mode or self.has_plan or prefetches
 
     def check_bound(self) -> None:

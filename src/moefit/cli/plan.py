@@ -161,6 +161,9 @@ def plan_model(
             "there are any."
         ),
     ] = PrefetchName.off,
+    prefetch_horizon: Annotated[
+        int, advanced("With --prefetch: layers ahead that it is served with.", min=1, max=4)
+    ] = 1,
     dense_precision: DensePrecision = None,
     rest: Rest = None,
     source_tokens: Annotated[
@@ -205,6 +208,7 @@ def plan_model(
             kv_cache=kv_cache.value,
             **shared,
             prefetch=prefetch.value,
+            prefetch_horizon=prefetch_horizon,
         ),
         lengths=_lengths(known, source_tokens, target_tokens),
     )

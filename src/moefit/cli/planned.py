@@ -43,6 +43,7 @@ class PlanProcess:
         kv_cache: What the KV cache holds.
         step_tokens: Tokens of one forward pass; None for prompts as long as the context.
         prefetch: That it is served with; None where `process` has the probes' bytes already.
+        prefetch_horizon: Likewise.
     """
 
     model: str
@@ -58,6 +59,7 @@ class PlanProcess:
     kv_cache: str = MODEL_CACHE
     step_tokens: int | None = None
     prefetch: str | None = None
+    prefetch_horizon: int | None = None
 
     def arguments(self, save: Path) -> list[str]:
         """Return the arguments of the command `moefit`."""
@@ -66,6 +68,7 @@ class PlanProcess:
             "context": self.context,
             "kv-cache": self.kv_cache,
             "prefetch": self.prefetch,
+            "prefetch-horizon": self.prefetch_horizon,
             "device": self.device,
             "process-bytes": self.process,
             "max-loss": None if self.target.max_loss is None else f"{100 * self.target.max_loss}%",
@@ -152,6 +155,7 @@ def plan_for(
         concurrency=concurrency,
         step_tokens=step_tokens,
         prefetch=options.prefetch.value,
+        prefetch_horizon=options.prefetch_horizon,
     ).run()
 
 

@@ -314,6 +314,7 @@ class PlanConstraints:
         kv_cache: As in `LoadSettings`.
         step_tokens: As in `LoadSettings`.
         prefetch: As in `LoadSettings`: a plan leaves room for the probes that it predicts with.
+        prefetch_horizon: As in `LoadSettings`: how many layers ahead these predict.
     """
 
     sequences: int = 1
@@ -324,6 +325,7 @@ class PlanConstraints:
     kv_cache: str = MODEL_CACHE
     step_tokens: int | None = None
     prefetch: Prefetch = "off"
+    prefetch_horizon: int = 1
 
 
 NO_CONSTRAINTS = PlanConstraints()
@@ -356,7 +358,12 @@ class SlotBudget:
             process = settled_bytes(planned_device(device)) + constraints.helpers
         self._process = process
         # Once, since every estimate would look for the file and verify it.
-        predicted = LoadSettings(device=device, dtype=skeleton.dtype, prefetch=constraints.prefetch)
+        predicted = LoadSettings(
+            device=device,
+            dtype=skeleton.dtype,
+            prefetch=constraints.prefetch,
+            prefetch_horizon=constraints.prefetch_horizon,
+        )
         self._probes = find_probes(skeleton, predicted).nbytes
         self._uniform = {
             name: [self.estimate(one) for one in self.uniform_configurations(name)]

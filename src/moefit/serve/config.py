@@ -26,6 +26,7 @@ from moefit.serve.precision.allocate import AUTO_FORMATS
 Mode = Literal["exact", "bounded", "virtual"]
 Update = Literal["manager", "fixed"]
 Prefetch = Literal["off", "auto", "on"]
+MAX_HORIZON = 4  # layers ahead for which experts are predicted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +217,9 @@ class LoadSettings:
             within the budget.
         mtp: Load the layer for multi-token prediction, which drafts tokens, if the checkpoint has
             one of the form of DeepSeek-V3 and GLM-4.5.
-        probe_depth: How many layers ahead trained probes are held for, if the model has any;
-            prefetching uses those of the next layer, and up to 4 can be measured.
+        prefetch_horizon: How many layers ahead experts are predicted and read, 1 to 4.
+        probe_depth: How many layers ahead trained probes are held for at least, if the model has
+            any, to measure them; prefetching uses those within its horizon.
     """
 
     memory: str | int | None = None
@@ -245,6 +247,7 @@ class LoadSettings:
     prefetch: Prefetch = "off"
     draft: str | Path | None = None
     mtp: bool = False
+    prefetch_horizon: int = 1
     probe_depth: int = 1
 
     def check(self) -> None:
@@ -297,6 +300,17 @@ class LoadSettings:
         if self.prefetch not in get_args(Prefetch):
             known = ", ".join(get_args(Prefetch))
             raise ConfigError(f"prefetch={self.prefetch!r} is not one of {known}")
+        horizon = self.prefetch_horizon
+        if type(horizon) is not int or not 1 <= horizon <= MAX_HORIZON:
+            raise ConfigError(
+                f"prefetch_horizon={horizon!r}, but experts are read 1 to {MAX_HORIZON} layers "
+                "ahead; give a whole number of these"
+            )
+        if horizon > 1 and self.prefetch == "off":
+            raise ConfigError(
+                f"prefetch_horizon={horizon}, but prefetch is off; give prefetch auto or on "
+                "(--prefetch) too, or leave the horizon out"
+            )
 
     def _check_kv_cache(self) -> None:
         if self.kv_cache not in KV_CACHES:

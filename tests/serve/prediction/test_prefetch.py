@@ -246,8 +246,8 @@ def test_another_budget_begins_a_new_trial(folders) -> None:
             assert trial.pays(1)
             served.set_memory(budget)
             assert served.report()["prefetch"] == {
-                "setting": "auto", "obstacle": "", "pays": False, "predictor": "next router",
-                "probes": None, "probes_ignored": "",
+                "setting": "auto", "obstacle": "", "pays": False, "horizon": 1,
+                "predictor": "next router", "probes": None, "probes_ignored": "",
             }  # fmt: skip
 
 
@@ -259,10 +259,11 @@ def test_an_aborted_step_leaves_no_time_behind(folders) -> None:
         prefetcher = served.prefetching.prefetcher
         assert prefetcher is not None
         decoded(served, [1, 1, 1])
-        window = prefetcher._states[1].window
-        prefetcher._states[1].began = time.perf_counter() - 3600  # the step ended before block 1
+        guess = prefetcher._states[1].guesses[0]
+        window = guess.window
+        guess.began = time.perf_counter() - 3600  # the step ended before block 1
         decoded(served, [40, 1])
-        assert window is not None and prefetcher._states[1].window < 60
+        assert window is not None and guess.window is not None and guess.window < 60
 
 
 def test_other_modes_and_values(folders) -> None:

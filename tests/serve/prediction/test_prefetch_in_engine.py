@@ -30,7 +30,7 @@ def engine_of(folder: Path, prefetch: str, **how: str) -> Iterator[Engine]:
         served.set_memory(with_slots(served, 4))
         if prefetch == "on":
             for state in prefetcher_of(served)._states:
-                state.window = 10.0  # every guess is worth a read, however fast the disk
+                state.guesses[0].window = 10.0  # every guess is worth a read, however fast the disk
         with running(served, max_concurrency=4, prefill_chunk=6) as engine:
             yield engine
         served.check()

@@ -104,8 +104,8 @@ def test_report_says_that_it_is_pregated(folder) -> None:
     with load_model(folder, LoadSettings(prefetch="off")) as served:
         give_slots(served, 2)
         assert served.report()["prefetch"] == {
-            "setting": "pregated", "obstacle": "", "pays": None, "predictor": "pregated",
-            "probes": None, "probes_ignored": "",
+            "setting": "pregated", "obstacle": "", "pays": None, "horizon": None,
+            "predictor": "pregated", "probes": None, "probes_ignored": "",
         }  # fmt: skip
     with load_model(folder, LoadSettings(precision="auto", memory="4GiB")) as served:
         assert "precision auto" in served.prefetching.obstacle

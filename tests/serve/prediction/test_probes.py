@@ -222,7 +222,7 @@ def test_the_cost_model_still_decides(mixtral) -> None:
         assert prefetcher.trial is not None
         served.set_memory(with_slots(served, 4))
         assert served.report()["prefetch"] | {"probes": None} == {
-            "setting": "auto", "obstacle": "", "pays": False,
+            "setting": "auto", "obstacle": "", "pays": False, "horizon": 1,
             "predictor": "probes", "probes": None, "probes_ignored": "",
         }  # fmt: skip
 

@@ -186,6 +186,12 @@ class Swaps:
         """Whether there are prefetches since `end_guesses`."""
         return bool(self._guesses)
 
+    def withdraw_guesses(self) -> None:
+        """Cancel prefetches whose reading has not started; the others go on."""
+        if self._guesses:
+            self._guesses = [one for one in self._guesses if not one[1].cancel()]
+            self.publish()
+
     def end_guesses(self, needed: Collection[int]) -> None:
         """Cancel prefetches whose reading has not started, and count the others.
 

@@ -2,7 +2,8 @@
 
 `margins` and `Confidence` turn a predictor's scores into probabilities by counting how often such
 guesses were right. `worth` is the expected time that one read saves, from the bandwidth and the
-computation it may hide behind; `choose` takes the guesses that are worth something. `Trial`
+computation it may hide behind; `choose` takes the guesses that are worth something, and
+`choose_nearest_first` those of several blocks, which share the bandwidth. `Trial`
 compares the measured time of steps with and without prefetching, because no model knows what
 reading costs the processor. Pure Python; times are in seconds.
 """
@@ -146,6 +147,47 @@ def choose(absent: Mapping[int, float], reading: Reading) -> tuple[int, ...]:
             break
         chosen.append(expert)
     return tuple(chosen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The guesses for one block.
+
+    Attributes:
+        absent: Probability by expert, of those that are not in memory.
+        window: Time until the router of the block has chosen, without the waits for other reads.
+        most: Experts that may be read at most.
+    """
+
+    absent: Mapping[int, float]
+    window: float
+    most: int
+
+
+def choose_nearest_first(
+    blocks: Sequence[Candidates], *, load: float, queued: int
+) -> list[tuple[int, ...]]:
+    """Return the experts to read for each block, those of the nearest block first.
+
+    A farther block's guesses have a longer window, but queue behind those of nearer blocks, so
+    that they change nothing that is read for these.
+
+    Args:
+        blocks: Guesses, nearest block first.
+        load: Time in which the device reads one expert.
+        queued: Experts that are being read already.
+
+    >>> near = Candidates(absent={1: 0.9, 2: 0.8}, window=2.0, most=4)
+    >>> far = Candidates(absent={5: 0.9, 6: 0.8}, window=3.0, most=4)
+    >>> choose_nearest_first([near, far], load=1.0, queued=0)
+    [(1, 2), (5,)]
+    """
+    chosen: list[tuple[int, ...]] = []
+    for one in blocks:
+        reading = Reading(load=load, window=one.window, queued=queued, most=one.most)
+        chosen.append(choose(one.absent, reading))
+        queued += len(chosen[-1])
+    return chosen
 
 
 _WARM_UP, _PAIRS = 8, 12  # steps before a trial, and comparisons in it

@@ -1,11 +1,13 @@
-"""Load the experts that the next layer is predicted to choose, in exact mode.
+"""Load the experts that the next layers are predicted to choose, in exact mode.
 
 `Prefetcher` follows the steps of all blocks. Once a block waits for no read any more, it predicts
-the next block's experts, and starts to read those that are worth it into that block's slots, while
-the present block's experts and the next attention block are computed. When the next router has
-chosen, the guesses whose reading has not started are cancelled, and the invoker takes over those
-that it needs. Outputs do not depend on any of it: a step computes the same experts wherever they
-came from.
+the experts of the next block, or of the next few (the horizon), and starts to read those that are
+worth it into these blocks' slots, while the present block's experts and the next attention block
+are computed. When the next router has chosen, the guesses whose reading has not started are
+cancelled, and the invoker takes over those that it needs. Guesses for blocks beyond it are
+cancelled too, since they would delay what the block waits for, and chosen anew afterwards, from a
+state that is nearer to them. Outputs do not depend on any of it: a step computes the same experts
+wherever they came from.
 
 Decisions are in `guesses.py`. All calls are made under the lock of `SharedState`, on the thread
 that computes; slots are reserved, filled and published by `Swaps`.
@@ -14,7 +16,7 @@ Shapes: T tokens, D model width, E experts.
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -28,7 +30,13 @@ from moefit.moe.routing import Routing
 from moefit.serve.cache.swaps import SharedState
 from moefit.serve.config import AUTO_PRECISION, LoadSettings, Mode
 from moefit.serve.layer.moe_layer import VirtualExperts
-from moefit.serve.prediction.guesses import Confidence, Reading, Trial, choose, margins
+from moefit.serve.prediction.guesses import (
+    Candidates,
+    Confidence,
+    Trial,
+    choose_nearest_first,
+    margins,
+)
 from moefit.serve.prediction.next_router import (
     FORMATS_DEPEND,
     NextRouter,
@@ -49,22 +57,48 @@ _KEEP = 0.9  # of the mean window of a block, per step
 
 
 @dataclass(slots=True)
+class _Guess:
+    """What is guessed for one block from so many blocks before.
+
+    Attributes:
+        window: Time from the guess to the router's choice, in which no step waits for a read;
+            None if unknown.
+        began: When the guess for the present step was made; None if there is none.
+        waited: What all steps had waited for reads by then.
+        margins: Margins by expert that were predicted for the present step.
+        absent: The experts of these that were not in memory.
+    """
+
+    window: float | None = None
+    began: float | None = None
+    waited: float = 0.0
+    margins: Mapping[int, float] = field(default_factory=dict)
+    absent: frozenset[int] = frozenset()
+
+    def forget(self) -> None:
+        """Drop what was guessed for a step, but not how long its window is."""
+        self.began, self.margins, self.absent = None, {}, frozenset()
+
+    def measured(self, now: float, waited: float) -> None:
+        """Take the time of the router's choice into the mean of windows."""
+        if self.began is None:
+            return
+        took = max(0.0, now - self.began - (waited - self.waited))
+        before = took if self.window is None else self.window
+        self.window = _KEEP * before + (1 - _KEEP) * took
+
+
+@dataclass(slots=True)
 class _BlockState:
     """What is known of one block.
 
     Attributes:
+        guesses: By distance, the nearest first.
         chosen: Experts per token in its last step.
-        window: Time from the start of prefetching to its router's choice; None if unknown.
-        began: When prefetching for its present step began; None if it did not.
-        margins: Margins by expert that were predicted for its present step.
-        absent: The experts of these that were not in memory.
     """
 
+    guesses: list[_Guess]
     chosen: int = 1
-    window: float | None = None
-    began: float | None = None
-    margins: Mapping[int, float] = field(default_factory=dict)
-    absent: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -80,13 +114,14 @@ class _Step:
 
 
 class Prefetcher:
-    """Prefetch the next block's experts.
+    """Prefetch the experts of the next blocks.
 
     Args:
         blocks: The served blocks, in order.
         shared: Their state.
-        predictor: Guesses a block's experts from the inputs of the one before.
+        predictor: Guesses a block's experts from the inputs of an earlier one.
         trial: Decides in which steps to prefetch; None for all.
+        horizon: Blocks ahead for which experts are read, 1 or more.
 
     Attributes:
         failure: The error after which it was switched off; empty if there was none.
@@ -98,11 +133,14 @@ class Prefetcher:
         shared: SharedState,
         predictor: Predictor,
         trial: Trial | None,
+        horizon: int = 1,
     ):
         self._blocks, self._shared, self.predictor = blocks, shared, predictor
-        self.trial, self.failure = trial, ""
-        self._states = [_BlockState() for _ in blocks]
-        self._absent, self._resident = Confidence(len(blocks)), Confidence(len(blocks))
+        self.trial, self.horizon, self.failure = trial, horizon, ""
+        self._states = [_BlockState([_Guess() for _ in range(horizon)]) for _ in blocks]
+        # By distance: farther guesses are right less often.
+        self._absent = [Confidence(len(blocks)) for _ in range(horizon)]
+        self._resident = [Confidence(len(blocks)) for _ in range(horizon)]
         self._step = _Step()
 
     def chosen(self, block: int, routing: Routing) -> None:
@@ -113,7 +151,7 @@ class Prefetcher:
             self._switch_off(error)
 
     def read(self, block: int, x_TD: Tensor) -> None:
-        """Start to read what the next block is predicted to choose; see `StepWatcher`."""
+        """Start to read what the next blocks are predicted to choose; see `StepWatcher`."""
         try:
             self._read(block, x_TD)
         except Exception as error:  # noqa: BLE001 - no step may fail because of a guess
@@ -135,17 +173,18 @@ class Prefetcher:
         if block <= self._step.block:
             self._begin_step(tokens, now)
         self._step.block = block
-        if state.began is not None:
-            took = now - state.began
-            before = took if state.window is None else state.window
-            state.window = _KEEP * before + (1 - _KEEP) * took
+        for farther in self._blocks[block + 1 : block + self.horizon]:
+            farther.swaps.withdraw_guesses()  # reads that this block waits for come first
+        for guess in state.guesses:
+            guess.measured(now, self._shared.counters.wait_seconds)
         if self._step.tokens > MOST_TOKENS:
             return
         experts = routing.ids_TK.flatten().tolist()
-        for expert, margin in state.margins.items():
-            confidence = self._absent if expert in state.absent else self._resident
-            confidence.observe(block, margin, expert in experts)
-        state.began, state.margins, state.absent = None, {}, frozenset()
+        for at, guess in enumerate(state.guesses):
+            for expert, margin in guess.margins.items():
+                confidence = self._absent if expert in guess.absent else self._resident
+                confidence[at].observe(block, margin, expert in experts)
+            guess.forget()
         padding = self._blocks[block].num_experts
         choices = len(experts) - experts.count(padding)
         state.chosen = max(1, min(-(-choices // tokens), padding - 1))
@@ -163,52 +202,64 @@ class Prefetcher:
         prefetches = few and (self.trial is None or self.trial.use(tokens))
         self._step = _Step(tokens=tokens, prefetches=prefetches, began=now, waited=waited)
         for state in self._states:  # of a step that was aborted
-            state.began, state.margins, state.absent = None, {}, frozenset()
+            for guess in state.guesses:
+                guess.forget()
 
     def _read(self, block: int, x_TD: Tensor) -> None:
-        if not self._step.prefetches or block + 1 >= len(self._blocks):
+        if not self._step.prefetches:
             return
-        experts, state = self._blocks[block + 1], self._states[block + 1]
+        distances = range(1, min(self.horizon, len(self._blocks) - 1 - block) + 1)
+        guessed = [ahead for ahead in distances if self._guess(block, ahead, x_TD)]
+        if (load := self._shared.transfer.seconds_per_load) is None:
+            return
+        queued = sum(one.swaps.loading for one in self._blocks)
+        likely = [self._likely(block + ahead, ahead) for ahead in guessed]
+        candidates = [
+            self._candidates(block + ahead, ahead, residents)
+            for ahead, residents in zip(guessed, likely, strict=True)
+        ]
+        chosen = choose_nearest_first(candidates, load=load, queued=queued)
+        for ahead, residents, experts in zip(guessed, likely, chosen, strict=True):
+            for expert in experts:
+                self._blocks[block + ahead].swaps.prefetch(expert, residents)
+
+    def _guess(self, block: int, ahead: int, x_TD: Tensor) -> bool:
+        """Predict a later block's experts; return whether any may have to be read."""
+        experts, state = self._blocks[block + ahead], self._states[block + ahead]
         table = experts.slot_table
         if len(table.residents) == experts.num_experts:
-            return
-        scores_TE = self.predictor.scores(block, 1, x_TD)
+            return False
+        scores_TE = self.predictor.scores(block, ahead, x_TD)
         if scores_TE is None:
-            return
-        state.began = perf_counter()
-        state.margins = margins(scores_TE.tolist(), state.chosen)
-        loading = set(table.filling)
-        state.absent = frozenset(
-            one for one in state.margins if one not in table.residents and one not in loading
-        )
-        likely = self._likely(block + 1)
-        for expert in self._worth_reading(block, likely):
-            experts.swaps.prefetch(expert, likely)
+            return False
+        guess = state.guesses[ahead - 1]
+        guess.began, guess.waited = perf_counter(), self._shared.counters.wait_seconds
+        guess.margins = margins(scores_TE.tolist(), state.chosen)
+        here = {*table.residents, *table.filling}
+        guess.absent = frozenset(one for one in guess.margins if one not in here)
+        return True
 
-    def _worth_reading(self, block: int, likely: Collection[int]) -> Sequence[int]:
-        """Return the experts of the next block to read now, which displace no likely one."""
-        experts, state = self._blocks[block + 1], self._states[block + 1]
-        load, table = self._shared.transfer.seconds_per_load, experts.slot_table
-        if load is None or state.window is None or not state.absent:
-            return ()
-        absent = {one: self._absent.of(block + 1, state.margins[one]) for one in state.absent}
+    def _candidates(self, block: int, ahead: int, likely: set[int]) -> Candidates:
+        """Return the guesses that may be read now, which displace no likely expert."""
+        guess, table = self._states[block].guesses[ahead - 1], self._blocks[block].slot_table
+        confidence = self._absent[ahead - 1]
         unlikely = sum(one not in likely for one in table.residents)
         free = table.num_slots // 2 - len(table.filling)  # the step needs slots of its own
-        reading = Reading(
-            load=load,
-            window=state.window,
-            queued=sum(one.swaps.loading for one in self._blocks),
+        known = () if guess.window is None else guess.absent
+        return Candidates(
+            absent={one: confidence.of(block, guess.margins[one]) for one in known},
+            window=guess.window or 0.0,
             most=max(0, min(free, table.empty + unlikely)),
         )
-        return choose(absent, reading)
 
-    def _likely(self, block: int) -> set[int]:
+    def _likely(self, block: int, ahead: int) -> set[int]:
         """Return the residents that the block may choose, which no guess displaces."""
-        guesses, residents = self._states[block].margins, self._blocks[block].slot_table.residents
+        guess, confidence = self._states[block].guesses[ahead - 1], self._resident[ahead - 1]
+        residents = self._blocks[block].slot_table.residents
         return {
             one
-            for one, margin in guesses.items()
-            if one in residents and self._resident.of(block, margin) > UNLIKELY
+            for one, margin in guess.margins.items()
+            if one in residents and confidence.of(block, margin) > UNLIKELY
         }
 
 
@@ -263,6 +314,7 @@ class Prefetching:
             "setting": self.setting,
             "obstacle": obstacle,
             "pays": pays,
+            "horizon": self.prefetcher.horizon if isinstance(self.prefetcher, Prefetcher) else None,
             "predictor": self._name(),
             "probes": self.probes.as_dict(),
             "probes_ignored": self.probes.ignored,
@@ -316,7 +368,9 @@ def start_prefetching(
             "`moefit pack --probes` fits probes that may",
         )
     trial = Trial() if settings.prefetch == "auto" else None
-    prefetcher = Prefetcher(list(blocks.values()), shared, predictor, trial)
+    prefetcher = Prefetcher(
+        list(blocks.values()), shared, predictor, trial, settings.prefetch_horizon
+    )
     shared.watcher = prefetcher
     return Prefetching(
         setting=settings.prefetch,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moefit.checkpoint.safetensors import Span, SpanReader, bytes_of, read_header
 from moefit.errors import CheckpointError, MoefitError
-from moefit.serve.config import LoadSettings
+from moefit.serve.config import MAX_HORIZON, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.budget import format_bytes
@@ -36,7 +36,7 @@ from moefit.serve.prediction.next_router import LinearMap, NextRouter, obstacle,
 from moefit.serve.prediction.pregated import is_pregated
 
 FILE = "probes.safetensors"
-DEPTHS = 4  # blocks ahead for which probes are fitted
+DEPTHS = MAX_HORIZON  # blocks ahead for which probes are fitted
 UNUSED = (
     "it is not used: the next layer's router predicts instead, and `moefit pack --probes` fits "
     "probes again"
@@ -334,7 +334,8 @@ def find_probes(skeleton: Skeleton, settings: LoadSettings) -> FoundProbes:
         ignored = "" if file is not None else location.outdated()
     except (MoefitError, OSError, RuntimeError) as error:  # RuntimeError: no home folder
         return FoundProbes(ignored=f"{error}; {UNUSED}")
-    return FoundProbes(file=file, depth=settings.probe_depth, ignored=ignored)
+    depth = max(settings.probe_depth, settings.prefetch_horizon)
+    return FoundProbes(file=file, depth=depth, ignored=ignored)
 
 
 def width_of(skeleton: Skeleton) -> int:

@@ -234,6 +234,7 @@ class PrefetchState(BaseModel):
         setting: Of `--prefetch`; `pregated` for models that know their next experts.
         obstacle: Why nothing is read early now; may be empty.
         pays: Whether it was measured to be faster; null where it is not measured.
+        horizon: Layers ahead for which experts are read; null where nothing is predicted.
         predictor: `probes`, `next router`, `pregated` or `previous token`; null if nothing
             predicts.
         probes: Trained predictors; null if there are none.
@@ -243,6 +244,7 @@ class PrefetchState(BaseModel):
     setting: str
     obstacle: str
     pays: bool | None
+    horizon: int | None
     predictor: str | None
     probes: ProbesState | None
     probes_ignored: str
