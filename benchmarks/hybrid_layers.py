@@ -198,6 +198,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=[*RULES])
+    parser.add_argument("--repeats", type=int, default=1, help="of all layers, costs too")
+    parser.add_argument("--suffix", default="", help="of the record")
     parser.add_argument("--format", default="int8")
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
@@ -213,12 +216,13 @@ def main() -> None:
         for module in (measure, host_experts, executor):
             mock.patch.object(module, "ExpertExecutor", slow).start()
     expert, results = encoded(block, given.format), []
-    for rate in given.rates:
+    for rate in given.rates * given.repeats:
         layer = Layer(block, expert, given.slots, rate * 1e9)
         costs = layer.costs()
         print(f"{rate:g} GB/s: {costs}")
         for tokens in given.tokens:
-            for name, rule in RULES.items():
+            for name in given.rules:
+                rule = RULES[name]
                 steps = max(6, given.steps // max(1, tokens // 8))
                 found = layer.run(costs, rule, tokens, steps)
                 results.append({"rate": rate, "tokens": tokens, "rule": name} | found)
@@ -240,7 +244,7 @@ def main() -> None:
             f"for each side, which computes {given.compute_rate:g} GB/s of weights at most (0: no "
             "limit). milliseconds: of layers with misses; model: the longer of both sides."
         )
-        print(record.write("hybrid-layers", results, notes=notes))
+        print(record.write("hybrid-layers", results, notes=notes, suffix=given.suffix))
 
 
 if __name__ == "__main__":

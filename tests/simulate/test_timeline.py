@@ -112,6 +112,11 @@ def test_recordings_are_read_and_wrong_ones_refused(tmp_path: Path) -> None:
         np.savez(tmp_path / "ends.npz", experts=ids, seq_ptr=np.array(ends))
         with pytest.raises(ConfigError, match="does not divide its 5 tokens"):
             read_recording(tmp_path / "ends.npz", SHAPE)
+    twice = ids.copy()
+    twice[3, 1, 0] = twice[3, 1, -1]
+    np.savez(tmp_path / "twice.npz", experts=twice)
+    with pytest.raises(ConfigError, match="for token 3 in layer 1: one of them twice"):
+        read_recording(tmp_path / "twice.npz", SHAPE)
     np.savez(tmp_path / "padded.npz", experts=ids.astype(int) - 1)
     for path, shape in (("good.npz", find_shape("mixtral-8x7b")), ("padded.npz", SHAPE)):
         with pytest.raises(ConfigError, match="give the --shape of the recorded model"):

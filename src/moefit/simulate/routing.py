@@ -50,7 +50,8 @@ def read_recording(path: Path, shape: ExpertShape) -> list[Ids]:
     """Return the recorded sequences, ids_TLK each.
 
     Raises:
-        ConfigError: The file is no recording, or of a model of another shape.
+        ConfigError: The file is no recording, of a model of another shape, or names an expert twice
+            for one token.
     """
     arrays = _arrays(path)
     if "experts" not in arrays:
@@ -65,6 +66,7 @@ def read_recording(path: Path, shape: ExpertShape) -> list[Ids]:
             f"experts {least} to {most}; {shape.name} has {shape.layers}, {shape.chosen} and "
             f"{shape.experts} experts from 0: give the --shape of the recorded model"
         )
+    _check_distinct(path, experts)
     ends = arrays.get("seq_ptr", np.array([0, len(experts)]))
     if (
         ends.ndim != 1
@@ -79,6 +81,20 @@ def read_recording(path: Path, shape: ExpertShape) -> list[Ids]:
             "of each sequence, ascending from 0, and the number of tokens at the end"
         )
     return [experts[a:b] for a, b in pairwise(ends.tolist()) if b > a]
+
+
+def _check_distinct(path: Path, experts: Ids) -> None:
+    """Raise ConfigError if a token has an expert twice, which would be counted as two."""
+    sorted_TLK = np.sort(experts, axis=2)
+    twice_TL = (sorted_TLK[:, :, 1:] == sorted_TLK[:, :, :-1]).any(2)
+    if twice_TL.any():
+        token, layer = (int(one) for one in np.argwhere(twice_TL)[0])
+        raise ConfigError(
+            f"{path} has experts {experts[token, layer].tolist()} for token {token} in layer "
+            f"{layer}: one of them twice, but a router chooses an expert once "
+            f"({int(twice_TL.sum())} of {twice_TL.size} choices are like this); record the routing "
+            "again, such as with moefit profile MODEL --routing FILE.npz"
+        )
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
