@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import slow_but
 from tiny_served import saved, tiny
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -66,7 +67,9 @@ def test_prompts_longer_than_a_step_are_computed_in_parts(folder: Path) -> None:
         assert served.budget.step_tokens == 102
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}])
+@pytest.mark.parametrize(
+    "how", slow_but([{"num_beams": 2}], [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}])
+)
 def test_generate_computes_long_prompts_in_parts(folder: Path, how: dict[str, Any]) -> None:
     ids_BT = torch.arange(3, 403).view(2, 200) % 60
     least = memory_budget(build_skeleton(folder), settings(100)).min_bytes

@@ -375,7 +375,8 @@ print(memory, peak_process_bytes(), before, during)
 """
 
 
-@pytest.mark.parametrize("kv_cache", ["model", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache", ["model", "int8"])
 def test_peak_stays_below_budget(kv_cache, tmp_path) -> None:
     """Keys and values of the prompt take 24 MiB, in int8 7 MiB, of 96 MiB of experts."""
     model = tiny("Olmoe", hidden_size=512, intermediate_size=256, num_experts=16,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from engines import ask, check_crowd, engine_of, generated, greedy, paused, prompts, running
+from quick import slow_but
 from tiny_families import families, tiny_family, token_ids
 from tiny_models import tiny_model
 from tiny_served import COMMON, FAMILIES, saved, tiny
@@ -49,7 +50,10 @@ MODELS = {
 SEPARATE = {"positions of the longest", "rule of the batch", "Switch"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = {"Mixtral", "Olmoe", "GptOss", "no shared keys", "threshold"}
+
+
+@pytest.mark.parametrize("name", slow_but(MODELS.keys() - SLOW, MODELS))
 def test_batched_output_equals_single_output(name, tmp_path):
     folder = saved(MODELS[name](), tmp_path)
     with engine_of(folder, context=120, prefill_chunk=6, max_concurrency=4) as engine:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,9 +89,8 @@ def nvfp4(W: Tensor, *, divides: bool = True) -> Stored:
 def packed(codes: Tensor, bits: int = 4) -> Tensor:
     """int32 of consecutive codes in the last axis."""
     per_word = 32 // bits
-    words = torch.zeros(*codes.shape[:-1], ceil(codes.shape[-1] / per_word), dtype=torch.int64)
-    for index in range(codes.shape[-1]):
-        words[..., index // per_word] |= codes[..., index].long() << bits * (index % per_word)
+    whole = F.pad(codes.long(), (0, -codes.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
+    words = (whole << bits * torch.arange(per_word)).sum(-1)
     return words.to(torch.int32)
 
 

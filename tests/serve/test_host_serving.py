@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import slow_but
 from serving import differs_by
 from tiny_served import (
     FAMILIES,
@@ -135,7 +136,7 @@ def test_cpu_has_no_host_cache(folders) -> None:
 
 
 @pytest.mark.parametrize("precision", ["native", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["GptOss"], FAMILIES))
 def test_misses_computed_in_host_memory_equal_the_model(
     folders, monkeypatch, family: str, precision: str
 ) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from engines import Heard, ask, greedy, paused, running, text
 from levels import compiled
+from quick import slow_but
 from tiny_families import tiny_family
 from tiny_served import saved, tiny
 
@@ -81,7 +82,7 @@ def check(served: ServedModel, **settings) -> None:
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", WIDER)
+@pytest.mark.parametrize("family", slow_but(["DeepseekV3"], WIDER))
 def test_families_in_their_dtype(family, dtype, tmp_path):
     folder = saved(tiny(family, **WIDER[family]), tmp_path)
     with load_model(folder, LoadSettings(context=256, dtype=dtype)) as served:
@@ -98,6 +99,7 @@ def test_int8_keys_and_values(family, tmp_path):
 
 
 @compiled
+@pytest.mark.slow
 def test_a_dsmoe_whose_experts_are_fetched():
     with load_by_name("reference", context=256, dtype=torch.bfloat16) as served:
         budget = served.budget

@@ -12,6 +12,7 @@ from engines import Heard, ask, greedy, paused, prompts, running, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from levels import compiled
+from quick import slow_but
 from tiny_models import tiny_model
 from tiny_served import saved, tiny
 
@@ -122,7 +123,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_but(["DeepseekV3", "DsMoe"], FAMILIES))
 def served(request, dtype, tmp_path_factory):
     with load(request.param, dtype, tmp_path_factory) as served:
         served.model.generation_config.eos_token_id = None
@@ -252,7 +253,7 @@ def test_accepted_tokens_are_kept_as_prefixes(olmoe) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("cache", ["model", "int8"])
+@pytest.mark.parametrize("cache", slow_but(["int8"], ["model", "int8"]))
 def test_prompt_lookup_of_the_shipped_model(cache, tmp_path) -> None:
     """A function is written again, with texts that stop, and fewer steps than tokens."""
     source = "def area(width, height):\n    return width * height\n\n\n"

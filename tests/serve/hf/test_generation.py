@@ -13,6 +13,7 @@ import transformers
 from engines import ask, greedy, running
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import slow_but
 from safetensors.torch import load_file, save_file
 from serving_http import client_of, fake_service
 from tiny_served import VOCABULARY, saved, tiny, tokens
@@ -300,7 +301,7 @@ def commanded(*arguments: str, **how: Any) -> Any:
     return done
 
 
-@pytest.mark.parametrize("memory", [(), ("--memory", "2GiB")])
+@pytest.mark.parametrize("memory", slow_but([()], [(), ("--memory", "2GiB")]))
 def test_commands_use_generation_config(reference, memory) -> None:
     folder, answer, text = reference
     file = folder / "generation_config.json"

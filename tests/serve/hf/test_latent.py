@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled
+from quick import slow_but
 from served_layers import decoded, in_a_crowd, nothing, served
 from tiny_families import tiny_family
 from tiny_served import saved, tokens, with_slots
@@ -80,7 +81,10 @@ def texts(model: Any) -> list[Tensor]:
     return [torch.cat(rows, dim=1), padded[:1], padded[1:, 8:], model(ids_BT).logits]
 
 
-@pytest.mark.parametrize(("name", "changes"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [pytest.param(*one, marks=() if one in FORMS[::3] else pytest.mark.slow) for one in FORMS],
+)
 def test_logits_are_those_of_transformers(name: str, changes: dict, tmp_path: Path) -> None:
     """In float32 up to rounding, in 16 bits as close to these as transformers' own."""
     sizes = {"head_dim": 16, "hidden_size": 64, **SIZES, **ALL, **changes}
@@ -99,7 +103,7 @@ def test_logits_are_those_of_transformers(name: str, changes: dict, tmp_path: Pa
                     assert error < 1.5 * others
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES[1:2], FAMILIES))
 def test_logits_are_those_of_expanded_keys(name: str, tmp_path: Path) -> None:
     """Weights in int8 round the latents that a family expands to 15 bits."""
     for number, (settings, tolerance) in enumerate(SETTINGS):

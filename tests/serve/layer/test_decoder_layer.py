@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled
+from quick import slow_but
 from served_layers import (
     begun,
     counts,
@@ -44,7 +45,7 @@ FAMILIES = {
 OTHERS = ("granitemoe", "phimoe", "qwen3_next", "hunyuan_v1_moe")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(["qwen2_moe", "minimax_m2", "gpt_oss"], FAMILIES))
 def test_answers_are_those_of_the_family(name: str, tmp_path: Path) -> None:
     """In each dtype and int8; with a cache of its own, and among other requests."""
     int8 = {"precision": "int8", "dense_precision": "int8", "dtype": torch.float16}

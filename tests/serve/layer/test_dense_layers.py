@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled
+from quick import slow_but
 from served_layers import (
     counts,
     decoded,
@@ -42,7 +43,7 @@ def dense_mlps(loaded: ServedModel) -> list[Any]:
     return [one.mlp for one in layers if hasattr(one.mlp, "gate_proj")]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", slow_but(["qwen2_moe", "dots1"], SIZES))
 def test_answers_are_those_of_the_family(
     name: str, tmp_path: Path, calls: list[tuple[int, int]]
 ) -> None:

@@ -30,7 +30,10 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes"), FORMS)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [pytest.param(*one, marks=() if one in FORMS[:4:3] else pytest.mark.slow) for one in FORMS],
+)
 def test_answers_are_those_of_the_family(
     name: str, changes: dict[str, Any], tmp_path: Path, calls: list[tuple[int, int]]
 ) -> None:

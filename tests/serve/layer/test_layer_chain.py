@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from levels import compiled
+from quick import slow_but
 from served_layers import begun, counts, decoded, in_a_crowd, layers_of, nothing, served
 from tiny_served import tokens
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def observed(loaded: ServedModel) -> list[Any]:
     return [*(one.counts() for one in blocks), *(one.state.number for one in blocks)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(["olmoe", "glm4_moe"], FAMILIES))
 def test_equal_to_one_after_the_other(
     name: str, tmp_path: Path, calls: list[tuple[int, int]]
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from levels import compiled, normal
+from quick import slow_but
 from served_layers import (
     begun,
     counts,
@@ -45,7 +46,7 @@ def shared_layers(model: nn.Module) -> list[LayerForward]:
     return [one for one in layers_of(model) if one.parts.routed is not None]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", slow_but(["glm4_moe"], SIZES))
 def test_answers_are_those_of_the_family(
     name: str, tmp_path: Path, calls: list[tuple[int, int]]
 ) -> None:

@@ -57,6 +57,7 @@ def test_described_minimum_is_accepted_and_kept(
     assert "BudgetTooSmallError" in below.stderr
 
 
+@pytest.mark.slow
 def test_described_server_minimum_starts_server(folder: Path, least: dict[str, int]) -> None:
     arguments = ["--exact", "--memory", str(least["serve"]), "--context", "64", "--port", "0"]
     server = subprocess.Popen(

@@ -90,6 +90,7 @@ served.check()
 """
 
 
+@pytest.mark.slow
 def test_shrunk_process_stays_below_new_budget(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SHRINK, str(folder), str(CONTEXT)],

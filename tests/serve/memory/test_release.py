@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moefit.serve.memory.release import LIBRARY_PAGES, droppable_mappings
 
 SMAPS = """\
@@ -92,6 +94,7 @@ print(before, after, dropped, left, expected, process_bytes(), int(same), again)
 """
 
 
+@pytest.mark.slow  # a process of its own
 def test_dropped_pages_return_as_they_are_used() -> None:
     done = subprocess.run(
         [sys.executable, "-c", DROP], check=True, capture_output=True, text=True, timeout=200

@@ -85,7 +85,7 @@ print(held, peak, process_bytes() - now, max(0, peak_process_bytes() - before - 
 @pytest.mark.parametrize(
     ("make", "size", "longest", "kind"),
     [
-        (byte_pairs, 32_000, 8, None),
+        pytest.param(byte_pairs, 32_000, 8, None, marks=pytest.mark.slow),
         pytest.param(pieces, 32_000, 7, "T5Tokenizer", marks=pytest.mark.slow),
         pytest.param(byte_pairs, 32_000, 24, "Qwen2Tokenizer", marks=pytest.mark.slow),
         pytest.param(pieces, 32_000, 24, None, marks=pytest.mark.slow),

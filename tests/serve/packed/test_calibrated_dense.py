@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import slow_but
 from tiny_families import tiny_family
 from tiny_served import FAMILIES, logits, saved, tiny, tokens
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def test_layers_of_other_families_are_recorded(
     assert linear and all(inputs.file_of([name]) for name in linear)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize("family", slow_but(["GptOss"], ["Mixtral", "GptOss", "DeepseekV3"]))
 def test_calibrated_outputs_on_other_text_are_better(tmp_path: Path, family: str) -> None:
     folder = saved(tiny(family, **WIDE), tmp_path / "model")
     ids_BT = tokens(4, 32, seed=77)

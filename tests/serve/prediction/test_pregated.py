@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import slow_but
 from serving import check_served, differs_by, give_slots, greedy, logits, saved
 from tiny_models import set_biases, tiny_model, tokens
 from torch import Tensor
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     return saved(model_of(), tmp_path_factory.mktemp("pregated"))
 
 
-@pytest.mark.parametrize("slots", [1, 3, EXPERTS])
+@pytest.mark.parametrize("slots", slow_but([3], [1, 3, EXPERTS]))
 @pytest.mark.parametrize("rule", ["top_k:2", "threshold:0.9", "dense", "top_k:2:renormalize"])
 def test_served_equals_model(folder, rule: str, slots: int) -> None:
     check_served(folder, model_of(rule), rule, slots, EXPERTS)

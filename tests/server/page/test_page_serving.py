@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from contextlib import contextmanager
+from time import sleep
 
 import pytest
 from browser import Keys
@@ -70,7 +71,15 @@ def answer(tab) -> str:
     return tab.text("try-answer").removeprefix(PROMPT)
 
 
-def test_memory_changes_during_stream(page, engine, url):
+@pytest.fixture
+def slower(engine):
+    """Steps of at least 20 ms, so that a long answer outlasts what a test does on the page."""
+    hook = engine.served.model.register_forward_pre_hook(lambda *_: sleep(0.02))
+    yield
+    hook.remove()
+
+
+def test_memory_changes_during_stream(page, engine, url, slower):
     tab = page
     tab.script("document.getElementById('try-prompt').value = arguments[0]", PROMPT)
     tab.write("try-tokens", "1500")

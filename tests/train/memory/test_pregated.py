@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quick import slow_but
 from tiny_models import tiny_model, tokens
 from torch.nn import functional as F
 
@@ -81,7 +82,12 @@ def test_routers_are_fitted_to_the_old_choice() -> None:
     assert found[1] < 0.8 * found[0]
 
 
-@pytest.mark.parametrize("pregated", [True, "previous_token", "previous_token_and_embedding"])
+@pytest.mark.parametrize(
+    "pregated",
+    slow_but(
+        ["previous_token_and_embedding"], [True, "previous_token", "previous_token_and_embedding"]
+    ),
+)
 def test_fine_tune_of_another_model_begins_with_its_weights(
     tree, callback, tmp_path, pregated
 ) -> None:

@@ -3,6 +3,7 @@ import signal
 
 import pytest
 import torch
+from quick import slow_but
 
 import moefit
 from moefit.errors import ConfigError
@@ -59,7 +60,9 @@ def tolerance(request, monkeypatch):
     cpu_kernels.kernels.cache_clear()
 
 
-@pytest.mark.parametrize("format_", ["int2", "int3", "int4", "int4-nearest"])
+@pytest.mark.parametrize(
+    "format_", slow_but(["int2", "int4-nearest"], ["int2", "int3", "int4", "int4-nearest"])
+)
 @pytest.mark.parametrize("architecture", ["dsmoe", "olmoe"])
 def test_rounded_forward_is_that_of_the_server(sparse, callback, architecture, format_, tolerance):
     """Trained with rounded experts, and served with experts in that format: the same logits."""
@@ -166,7 +169,7 @@ def test_weights_are_back_after_an_error(sparse):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("stop_after", [3, 6])
+@pytest.mark.parametrize("stop_after", slow_but([6], [3, 6]))
 def test_resume_equals_uninterrupted_run(sparse, callback, tmp_path, stop_after):
     """Bitwise equality after stops before and after rounding begins, with all recipes together."""
     sparse["expert_dropout"] = {"order": "nested", "begin": 0.5}
