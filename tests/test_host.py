@@ -11,7 +11,7 @@ import torch
 from moefit import host
 from moefit.errors import BudgetTooSmallError, ConfigError
 from moefit.serve.memory.budget import BlockNeeds, MemoryBudget
-from moefit.serve.memory.estimate import check_system_memory
+from moefit.serve.memory.held import check_system_memory
 
 GIB = 1 << 30
 MEMINFO = (
@@ -167,7 +167,7 @@ def limited(monkeypatch: pytest.MonkeyPatch):
         for name, value in (("tightest_limit", one), ("total_bytes", most),
                             ("available_bytes", free), ("swap_bytes", swap),
                             ("process_bytes", 0)):  # fmt: skip
-            monkeypatch.setattr(f"moefit.serve.memory.estimate.{name}", lambda value=value: value)
+            monkeypatch.setattr(f"moefit.serve.memory.held.{name}", lambda value=value: value)
 
     return limit
 

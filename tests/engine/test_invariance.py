@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engines import logprobs, paused, running, scored, text
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import compiled
 from tiny_families import token_ids
@@ -150,7 +150,7 @@ def alone(served: ServedModel, tokens: int) -> Tensor:
         return logprobs(scored(engine, text(tokens)))
 
 
-@settings(max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True)
 @given(
     case=st.sampled_from(CASES),
     tokens=st.sampled_from((1, 18, 40)),

@@ -8,7 +8,7 @@ from tiny_served import logits, saved, tiny, tokens
 from moefit.evaluate.baselines import native_reference
 from moefit.serve.config import LoadSettings
 from moefit.serve.load import load_model
-from moefit.serve.memory.estimate import held_bytes
+from moefit.serve.memory.held import held_bytes
 
 WIDE = {"hidden_size": 64, "intermediate_size": 64}
 

@@ -22,7 +22,7 @@ from moefit.plan.plan_file import Plan, Target, check_checkpoint, read_plan
 from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.hf.skeleton import build_skeleton
 from moefit.serve.memory.budget import format_bytes
-from moefit.serve.memory.estimate import settled_bytes
+from moefit.serve.memory.held import settled_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

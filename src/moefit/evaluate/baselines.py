@@ -12,7 +12,7 @@ from moefit.host import available_bytes
 from moefit.serve.config import AUTO_PRECISION, NATIVE_PRECISION, LoadSettings
 from moefit.serve.hf.generation_config import IGNORE
 from moefit.serve.load import load_model
-from moefit.serve.memory.estimate import held_bytes
+from moefit.serve.memory.held import held_bytes
 from moefit.serve.model import ServedModel
 from moefit.serve.windows import Windows
 

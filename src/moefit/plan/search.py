@@ -25,7 +25,8 @@ from moefit.quant.kv_int8 import MODEL_CACHE
 from moefit.serve.config import BlockPlacement, LoadSettings, Prefetch
 from moefit.serve.hf.skeleton import Skeleton
 from moefit.serve.memory.budget import MemoryBudget
-from moefit.serve.memory.estimate import memory_budget, settled_bytes
+from moefit.serve.memory.estimate import memory_budget
+from moefit.serve.memory.held import settled_bytes
 from moefit.serve.precision.allocate import FormatChoice, allocate, ladder
 from moefit.serve.prediction.probes import find_probes
 

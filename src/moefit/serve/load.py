@@ -37,12 +37,8 @@ from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.layer.router_probe import attach_hooks, follow_rules
 from moefit.serve.memory.budget import MemoryBudget
 from moefit.serve.memory.draft import check_vocabulary, draft_settings, draft_skeleton
-from moefit.serve.memory.estimate import (
-    PlacementBudget,
-    check_system_memory,
-    memory_budget,
-    settled_bytes,
-)
+from moefit.serve.memory.estimate import PlacementBudget, memory_budget
+from moefit.serve.memory.held import check_system_memory, settled_bytes
 from moefit.serve.memory.release import drop_library_pages, return_freed_memory
 from moefit.serve.memory.tokenizer_size import TOKENIZER_CACHES
 from moefit.serve.model import ServedModel

@@ -15,30 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from moefit.errors import ConfigError, UnsupportedModelError
 from moefit.moe.expert_dropout import dropout_record
-from moefit.quant.cpu_kernels import NATIVE_DTYPES
 from moefit.serve.cache.resize import apply_placement, resize
 from moefit.serve.cache.scores import VirtualExpertManager
 from moefit.serve.cache.swaps import StepWatcher
 from moefit.serve.config import BlockPlacement, LoadSettings, Mode, Placement, Policy
-from moefit.serve.hf.activations import use_activation_kernels
-from moefit.serve.hf.attention import (
-    INT8_NAME,
-    LATENT_NAMES,
-    NAME,
-    register_int8_attention,
-    use_kernels,
-)
 from moefit.serve.hf.guards import guard
 from moefit.serve.hf.kv_cache import limit_context, reserve_caches
-from moefit.serve.hf.latent import use_latent_kernels
-from moefit.serve.hf.native_linear import use_linear_kernels
-from moefit.serve.hf.norms import use_norm_kernels
-from moefit.serve.hf.rotary import use_rotary_kernels
 from moefit.serve.hybrid.start import HostComputing, start_host_side
-from moefit.serve.layer.layer_probe import use_layer_kernels
-from moefit.serve.layer.router_kernels import use_router_kernels
+from moefit.serve.kernels_in_place import put_kernels_in_place
 from moefit.serve.memory.budget import MemoryBudget, parse_bytes
-from moefit.serve.memory.estimate import check_system_memory, step_tokens, step_workspace
+from moefit.serve.memory.estimate import step_tokens, step_workspace
+from moefit.serve.memory.held import check_system_memory
 from moefit.serve.precision.upgrades import Upgrades
 from moefit.serve.prediction.prefetch import Prefetching, start_prefetching
 from moefit.serve.prediction.probes import NO_PROBES, FoundProbes
@@ -76,27 +63,9 @@ class ServedModel:
             reserve_caches(self.model, self._context, int8=parts.int8_cache),
         )
         self.int8_cache = parts.int8_cache
-        self._undo_kernels = (
-            use_kernels(self.model, int8=parts.int8_cache),
-            use_linear_kernels(self.model),
-            self._use_latent_kernels(),
-            use_norm_kernels(self.model, self.model.dtype),
-            use_rotary_kernels(self.model, self.model.dtype),
-            use_activation_kernels(self.model, self.model.dtype),
-            use_router_kernels(self.model, self.blocks, self.model.dtype),
+        self._undo_kernels = put_kernels_in_place(
+            self.model, self.blocks, self._context(), int8=parts.int8_cache, dry=self.zero_experts
         )
-        with self.zero_experts():
-            undo = use_layer_kernels(self.model, self.model.dtype, self._context())
-        self._undo_kernels = (undo, *self._undo_kernels)
-
-    def _use_latent_kernels(self) -> Callable[[], None]:
-        """Attend to cached latents where kernels attend; return a function that undoes it."""
-        dtype = self.model.dtype
-        if self.model.config._attn_implementation != NAME or dtype not in NATIVE_DTYPES:
-            return lambda: None
-        register_int8_attention()
-        with self.zero_experts():
-            return use_latent_kernels(self.model, dtype, INT8_NAME, LATENT_NAMES)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))

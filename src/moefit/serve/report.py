@@ -21,7 +21,8 @@ from moefit.serve.hf.skeleton import StoredFormats
 from moefit.serve.io.reader import ExpertStore
 from moefit.serve.layer.moe_layer import VirtualExperts
 from moefit.serve.memory.budget import MemoryBudget
-from moefit.serve.memory.estimate import PlacementBudget, held_bytes, peak_held_bytes
+from moefit.serve.memory.estimate import PlacementBudget
+from moefit.serve.memory.held import held_bytes, peak_held_bytes
 from moefit.serve.packed.store import unpacked_bytes
 
 

@@ -28,12 +28,11 @@ from moefit.serve.memory.activations import (
 from moefit.serve.memory.estimate import (
     RUN_TO_RUN,
     encoding_bytes,
-    held_bytes,
     memory_budget,
-    peak_held_bytes,
     slot_bytes,
     weight_bytes,
 )
+from moefit.serve.memory.held import held_bytes, peak_held_bytes
 from moefit.serve.memory.release import drop_library_pages
 from moefit.serve.packed.store import PackedStore
 

@@ -70,7 +70,7 @@ def test_systems_without_smaps_have_none(tmp_path: Path) -> None:
 DROP = """
 import torch
 from moefit.host import process_bytes
-from moefit.serve.memory.estimate import settled_bytes
+from moefit.serve.memory.held import settled_bytes
 from moefit.serve.memory.release import drop_library_pages, droppable_bytes
 from transformers import MixtralConfig, MixtralForCausalLM
 

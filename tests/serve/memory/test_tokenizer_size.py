@@ -63,7 +63,7 @@ import torch
 from transformers import AutoTokenizer
 from moefit.host import peak_process_bytes
 from moefit.host import process_bytes
-from moefit.serve.memory.estimate import settled_bytes
+from moefit.serve.memory.held import settled_bytes
 from moefit.serve.memory.release import return_freed_memory
 from moefit.server.tokenizer import RequestTokenizer
 

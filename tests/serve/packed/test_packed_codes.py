@@ -23,7 +23,7 @@ from moefit.serve.cache.slot import Slot, allocate_slot
 from moefit.serve.config import LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.io.reader import ExpertStore
-from moefit.serve.memory import estimate
+from moefit.serve.memory import estimate, held
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.packed import store as packed_store
 from moefit.serve.packed.build import pack
@@ -279,7 +279,7 @@ def test_values_are_not_packed_as_the_checkpoints_own(
 def test_commands(tmp_path: Path, packed_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where importing takes more than serving without experts, the least budget holds some of them;
     # and this process grows between the commands.
-    monkeypatch.setattr(estimate, "droppable_bytes", lambda: estimate.LIBRARY_PAGES)
+    monkeypatch.setattr(held, "droppable_bytes", lambda: held.LIBRARY_PAGES)
     monkeypatch.setattr(estimate, "settled_bytes", lambda _device: 500 << 20)
     folder = str(made(tmp_path, "mxfp4"))
     asked = "describe", folder, "--exact", "--context", "64"

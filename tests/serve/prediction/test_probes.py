@@ -31,7 +31,7 @@ from moefit.serve import load
 from moefit.serve.config import BlockPlacement, LoadSettings
 from moefit.serve.hf.skeleton import Skeleton, build_skeleton
 from moefit.serve.load import load_model
-from moefit.serve.memory import estimate
+from moefit.serve.memory import held
 from moefit.serve.memory.estimate import memory_budget
 from moefit.serve.model import ServedModel
 from moefit.serve.packed.calibrate import CalibrationText
@@ -200,8 +200,8 @@ def test_budget_counts_probes(mixtral) -> None:
 def test_probes_that_do_not_fit_are_left_out(mixtral, monkeypatch) -> None:
     """The least budget does not depend on them."""
     skeleton, path = mixtral
-    monkeypatch.setattr(estimate, "held_bytes", lambda _device: 500 << 20)
-    monkeypatch.setattr(estimate, "droppable_bytes", lambda: estimate.LIBRARY_PAGES)
+    monkeypatch.setattr(held, "held_bytes", lambda _device: 500 << 20)
+    monkeypatch.setattr(held, "droppable_bytes", lambda: held.LIBRARY_PAGES)
     packed = open_packed(skeleton, [])
     whole = memory_budget(skeleton, SETTINGS, packed, 0)
     least = whole.min_bytes - whole.slack

@@ -5,7 +5,6 @@ Estimates come from the configuration, the checkpoint's headers and the load set
 placement of a model that is already being served.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,15 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from moefit.checkpoint.direct_file import BOUNCE, LEAST
 from moefit.checkpoint.safetensors import StoredTensor
 from moefit.device import planned_device
-from moefit.errors import BudgetTooSmallError, ConfigError
-from moefit.host import (
-    available_bytes,
-    peak_process_bytes,
-    process_bytes,
-    swap_bytes,
-    tightest_limit,
-    total_bytes,
-)
+from moefit.errors import ConfigError
 from moefit.quant.cpu_kernels import kernels
 from moefit.quant.format import FORMATS, NATIVE, slot_kind, weights_in
 from moefit.quant.kv_int8 import INT8_CACHE
@@ -62,13 +53,11 @@ from moefit.serve.memory.budget import (
     BlockNeeds,
     MemoryBudget,
     PlannedSlots,
-    at_least,
-    format_bytes,
     host_limit,
     parse_bytes,
 )
 from moefit.serve.memory.draft import DRAFT_STEP, draft_settings, draft_skeleton
-from moefit.serve.memory.release import LIBRARY_PAGES, droppable_bytes
+from moefit.serve.memory.held import settled_bytes, unused_bytes
 from moefit.serve.memory.tokenizer_size import TokenizerSize, tokenizer_size
 from moefit.serve.packed.store import PackedStore, open_packed
 from moefit.serve.precision.allocate import (
@@ -86,76 +75,6 @@ SPARES = 2  # spare slots per format and size
 RUN_TO_RUN = 8 << 20
 MIN_STEP_TOKENS = 64  # what is computed while loading, to compare kernels, is shorter
 _MIB = 1 << 20
-_LOG = logging.getLogger(__name__)
-
-
-def held_bytes(device: torch.device) -> int:
-    """Return the bytes that count against the budget now.
-
-    On a CPU this is the resident set of the process, on a GPU the memory that torch has reserved,
-    without the CUDA context.
-    """
-    return process_bytes() if device.type == "cpu" else torch.cuda.memory_reserved(device)
-
-
-def settled_bytes(device: torch.device) -> int:
-    """Return `held_bytes` as they will be once unused pages of libraries have been dropped."""
-    held = held_bytes(device)
-    return held if device.type != "cpu" else held - droppable_bytes() + LIBRARY_PAGES
-
-
-def peak_held_bytes(device: torch.device) -> int:
-    """Return the peak of `held_bytes` so far."""
-    return peak_process_bytes() if device.type == "cpu" else torch.cuda.max_memory_reserved(device)
-
-
-def check_system_memory(budget: MemoryBudget, device: torch.device) -> None:
-    """Compare a budget with the memory that the system allows this process.
-
-    A process that exceeds its control group's limit is killed without a message. So a budget that
-    cannot fit is an error here, and one that may not fit is logged as a warning.
-
-    Args:
-        budget: The budget with its total.
-        device: Of the model; budgets of a GPU are not checked.
-
-    Raises:
-        BudgetTooSmallError: The model's minimum budget exceeds the system's limit.
-        ConfigError: The budget exceeds the system's limit, but a smaller one works.
-    """
-    if device.type != "cpu":
-        return
-    system_limit, limit = total_bytes(), tightest_limit()
-    needed = budget.max_bytes if budget.total is None else min(budget.total, budget.max_bytes)
-    free = available_bytes() + process_bytes()
-    where = "this machine's memory"
-    if limit is not None and limit.nbytes == system_limit:
-        where = f"the limit of this process's control group ({limit.file})"
-    exceeds = not swap_bytes() and needed - budget.first_use > system_limit
-    if exceeds and budget.min_bytes - budget.first_use > system_limit:
-        raise BudgetTooSmallError(
-            f"{where} is {format_bytes(system_limit)}, but this model needs at least "
-            f"{format_bytes(budget.min_bytes)}; raise it to {at_least(budget.min_bytes)}, or give "
-            "a shorter context"
-        )
-    if exceeds:
-        given = "without a budget" if budget.total is None else "in this budget"
-        raise ConfigError(
-            f"{given} the model would take {format_bytes(needed)}, but {where} is "
-            f"{format_bytes(system_limit)}; give a budget (--memory) of "
-            f"{max(budget.min_bytes, min(system_limit, free))} bytes or less, or raise the limit"
-        )
-    if needed <= free and budget.total is not None and budget.total > system_limit:
-        _LOG.warning(
-            "warning: the budget of %s is more than %s, %s; the model takes at most %s of it",
-            *(format_bytes(budget.total), where, format_bytes(system_limit), format_bytes(needed)),
-        )
-    if needed > free:
-        _LOG.warning(
-            "warning: the model may take %s, but %s is %s, of which %s are free; if other "
-            "processes need that memory, this one may be killed",
-            *(format_bytes(needed), where, format_bytes(system_limit), format_bytes(free)),
-        )
 
 
 def slot_bytes(size: int, device: torch.device) -> int:
@@ -283,7 +202,7 @@ def memory_budget(
     budget = MemoryBudget(
         total=None if settings.memory is None else parse_bytes(settings.memory),
         process=settled_bytes(device) + (0 if on_gpu else settings.helpers + RUN_TO_RUN),
-        unused=0 if on_gpu else max(0, droppable_bytes() - LIBRARY_PAGES),
+        unused=unused_bytes(device),
         slack=0 if on_gpu else RUN_TO_RUN,
         tokenizer=tokenizer.held,
         reading=tokenizer.reading,
