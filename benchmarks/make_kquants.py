@@ -26,6 +26,11 @@ HALVES = {  # where a block has its scales of 16 bits, in bytes (ggml-common.h)
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
 }
 
 

@@ -74,7 +74,7 @@ def under_cap(arguments: argparse.Namespace, cap: int) -> dict[str, Any]:
     for name in filter(None, arguments.policies.split(",")):
         command = [sys.executable, serving_speed.__file__, str(arguments.folder), *options]
         runs[name] = serving_speed.in_own_process(name, [*command, "--one", name], under)
-    given = argparse.Namespace(**vars(arguments), memory=str(budget))
+    given = argparse.Namespace(**vars(arguments), memory=str(budget), own=None)
     for name in filter(None, arguments.rivals.split(",")):
         command = [arguments.rival_python, rivals.__file__, name]
         work = serving_speed.work(given)
