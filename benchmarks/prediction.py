@@ -32,7 +32,7 @@ def main() -> None:
     given = parser.parse_args()
     text = given.text.read_text(encoding="utf-8", errors="replace")[: 8 * given.tokens]
     names = [one.name for one in build_skeleton(folder_of(given.model)).blocks]
-    results = []
+    results, about = [], {}
     for slots in given.slots:
         placement = dict.fromkeys(names, BlockPlacement(slots=slots, formats=("native",)))
         how = {"prefetch": "on", "context": given.context, "placement": placement}

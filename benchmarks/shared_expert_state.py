@@ -76,9 +76,10 @@ class States:
 
     def __init__(self, model: Any):
         self.layers = model.model.layers
-        self.before, self.shared, self.added, self.chosen = (
-            [{} for _ in self.layers] for _ in "1234"
-        )
+        self.before: dict[int, Tensor] = {}
+        self.shared: dict[int, Tensor] = {}
+        self.added: dict[int, Tensor] = {}
+        self.chosen: dict[int, Tensor] = {}
         self.hooks = [hook for at in range(len(self.layers)) for hook in self._hooks(at)]
 
     def _hooks(self, at: int) -> list[Any]:
