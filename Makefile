@@ -69,7 +69,7 @@ test-aarch64: $(READY)  ## kernels for aarch64 under an emulator; needs g++-aarc
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 
 docs: $(READY)  ## the documentation as pages, in build/site
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material

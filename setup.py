@@ -3,16 +3,32 @@
 Everything else about the package stands in pyproject.toml.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = "src/moefit/quant/csrc"
+COMPILERS = 4  # at once at most: each takes up to half a GiB
 
 
 class BuildKernels(build_ext):
     """A plain shared library, loaded with ctypes: no Python or torch headers are needed."""
+
+    def build_extensions(self):
+        """Compile several files at a time; setuptools compiles one after the other."""
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources, **settings):
+            with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
+                made = pool.map(lambda source: compile_in_turn([source], **settings), sources)
+                return list(chain.from_iterable(made))
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
     def build_extension(self, ext):
         """Build; say so if it could not be. What failed is optional, and missing from then on."""
