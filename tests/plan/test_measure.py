@@ -88,9 +88,7 @@ def test_cached_model_does_not_reduce_memory(monkeypatch) -> None:
     measurements, profile = measuring()
     profile = profile.with_item("routes", measurements.measure("routes", profile))
     measurements.measure("quality/uniform/native", profile)
-    monkeypatch.setattr(
-        "moefit.serve.memory.estimate.held_bytes", lambda _: 1 << 60
-    )  # it has grown
+    monkeypatch.setattr("moefit.serve.memory.held.held_bytes", lambda _: 1 << 60)  # it has grown
     one = measurements.measure("quality/block/int2/0", profile)
     assert [block["slots"] for block in one["configuration"]["blocks"].values()] == [8, 8]
     measurements.close()
