@@ -15,6 +15,7 @@ from engines import logprobs, paused, running, scored, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import compiled
+from quick import slow_but
 from tiny_families import token_ids
 from tiny_served import saved, tiny
 from torch import Tensor
@@ -79,7 +80,7 @@ def check(load) -> None:
             assert torch.equal(found, alone), (chunk, threads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], DTYPES))
 @pytest.mark.parametrize("family", WIDER)
 def test_families_in_their_dtype(family, dtype, tmp_path):
     folder = saved(tiny(family, **WIDER[family]), tmp_path)
@@ -103,7 +104,7 @@ def test_quantised_experts_and_dense_weights(precision, dtype, tmp_path):
     check(lambda: load_model(folder, settings))
 
 
-@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("fetched", slow_but([True], [False, True]))
 def test_the_reference_model_resident_and_fetched(fetched, dtype=torch.bfloat16):
     memory = None
     if fetched:
