@@ -104,7 +104,9 @@ print(os.environ["OMP_NUM_THREADS"], os.environ.get("MKL_DYNAMIC"))
 """
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, ["3", "None"]), ("5", ["5", "FALSE"])])
+@pytest.mark.parametrize(
+    ("given", "used"), [(None, ["3", "None"]), ("", ["3", "None"]), ("5", ["5", "FALSE"])]
+)
 def test_the_command_line_sets_the_number_unless_it_is_given(given, used) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment |= {} if given is None else {"OMP_NUM_THREADS": given}

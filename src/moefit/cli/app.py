@@ -243,7 +243,7 @@ def main() -> NoReturn:
 
 def _set_threads() -> None:
     """Set the number of threads, unless it is given, before torch is imported and reads it."""
-    if "OMP_NUM_THREADS" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS", "").strip():  # OpenMP takes an empty one for none
         os.environ.setdefault("MKL_DYNAMIC", "FALSE")  # or MKL takes fewer, and torch as many as it
     else:
         os.environ["OMP_NUM_THREADS"] = str(processors().threads)
