@@ -127,6 +127,8 @@ def test_probes_that_are_served_with_are_counted(tmp_path: Path, monkeypatch) ->
     )
     assert on.min_bytes - without.min_bytes == found > 0
     assert auto.min_bytes == on.min_bytes and on.fixed - without.fixed == found
+    with pytest.raises(ConfigError, match="prefetch_horizon=2, but prefetch is off"):
+        server_planner(PlanConstraints(process=1 << 30, prefetch_horizon=2))
     planner = server_planner(PlanConstraints(process=1 << 30, prefetch="on"))
     plan, _ = planner.plan((on.min_bytes + on.all_resident_bytes) // 2)
     known = plan.settings()

@@ -365,6 +365,7 @@ class SlotBudget:
             prefetch=constraints.prefetch,
             prefetch_horizon=constraints.prefetch_horizon,
         )
+        predicted.check()
         self._probes = find_probes(skeleton, predicted).nbytes
         self._uniform = {
             name: [self.estimate(one) for one in self.uniform_configurations(name)]
