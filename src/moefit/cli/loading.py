@@ -243,20 +243,27 @@ def prediction_line(prefetch: Mapping[str, Any]) -> str:
 
     >>> about = {"text": "a.txt", "number": 15, "bytes": 4 << 20, "recall": 0.9,
     ...     "next_router_recall": 0.8}
-    >>> prediction_line({"predictor": "probes", "probes": about})
+    >>> prediction_line({"predictor": "probes", "probes": about, "horizon": 1})
     'prefetching: 15 probes fitted on a.txt (4.00 MiB) find 90% of the experts, the next router 80%'
-    >>> prediction_line({"predictor": "next router", "probes": None})
+    >>> prediction_line({"predictor": "next router", "probes": None, "horizon": 1})
     "prefetching: the next layer's router predicts experts; `moefit pack --probes` fits probes"
+    >>> print(prediction_line({"predictor": "probes", "probes": about, "horizon": 3}))
+    prefetching up to 3 layers ahead: 15 probes fitted on a.txt (4.00 MiB) find 90% of the experts \
+one layer ahead, the next router 80%
     """
-    about = prefetch["probes"]
+    about, horizon = prefetch["probes"], prefetch["horizon"] or 1
+    reach = "" if horizon == 1 else f" up to {horizon} layers ahead"
     if prefetch["predictor"] != PROBES:
         hint = "" if about else "; `moefit pack --probes` fits probes"
-        return f"prefetching: the next layer's router predicts experts{hint}"
+        whose = (
+            "the next layer's router predicts" if horizon == 1 else "these layers' routers predict"
+        )
+        return f"prefetching{reach}: {whose} experts{hint}"
     found, routers = about["recall"], about["next_router_recall"]
-    line = f"prefetching: {about['number']} probes fitted on {about['text']} ("
+    line = f"prefetching{reach}: {about['number']} probes fitted on {about['text']} ("
     line += f"{format_bytes(about['bytes'])})"
     if found is not None:
-        line += f" find {found:.0%} of the experts"
+        line += f" find {found:.0%} of the experts{' one layer ahead' * (horizon > 1)}"
     return line if routers is None else f"{line}, the next router {routers:.0%}"
 
 

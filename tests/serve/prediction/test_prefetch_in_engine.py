@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ WIDER = {"num_attention_heads": 2, "num_key_value_heads": 2}  # kernels compute 
 
 
 @contextmanager
-def engine_of(folder: Path, prefetch: str, **how: str) -> Iterator[Engine]:
+def engine_of(folder: Path, prefetch: str, **how: Any) -> Iterator[Engine]:
     settings = LoadSettings(context=128, memory="4GiB", **how, prefetch=prefetch)  # pyright: ignore[reportArgumentType]
     with load_model(folder, settings) as served:
         served.set_memory(with_slots(served, 4))
         if prefetch == "on":
             for state in prefetcher_of(served)._states:
-                state.guesses[0].window = 10.0  # every guess is worth a read, however fast the disk
+                for guess in state.guesses:
+                    guess.window = 10.0  # every guess is worth a read, however fast the disk
         with running(served, max_concurrency=4, prefill_chunk=6) as engine:
             yield engine
         served.check()
@@ -63,13 +65,13 @@ def cancelled(engine: Engine) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("kv_cache", ["model", "int8"])
-def test_batches_and_cancelled_requests(tmp_path: Path, kv_cache: str) -> None:
-    folder = saved(tiny("Olmoe", **WIDER), tmp_path)
+@pytest.mark.parametrize(("kv_cache", "horizon"), [("model", 1), ("int8", 4)])
+def test_batches_and_cancelled_requests(tmp_path: Path, kv_cache: str, horizon: int) -> None:
+    folder = saved(tiny("Olmoe", num_hidden_layers=1 + horizon, **WIDER), tmp_path)
     with engine_of(folder, "off", kv_cache=kv_cache) as engine:
         wanted = answers(engine, prompts())
         assert {reason for _, reason in wanted} == {"length"}
-    with engine_of(folder, "on", kv_cache=kv_cache) as engine:
+    with engine_of(folder, "on", kv_cache=kv_cache, prefetch_horizon=horizon) as engine:
         assert answers(engine, prompts()) == wanted
         cancelled(engine)
         assert answers(engine, prompts()) == wanted
