@@ -93,7 +93,7 @@ def _check_distinct(path: Path, experts: Ids) -> None:
             f"{path} has experts {experts[token, layer].tolist()} for token {token} in layer "
             f"{layer}: one of them twice, but a router chooses an expert once "
             f"({int(twice_TL.sum())} of {twice_TL.size} choices are like this); record the routing "
-            "again, such as with moefit profile MODEL --routing FILE.npz"
+            "again, such as with moefit profile MODEL --text FILE --routing FILE.npz"
         )
 
 
