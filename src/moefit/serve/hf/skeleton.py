@@ -416,6 +416,9 @@ def _load_in_groups(
         if part := {name: lazy.pop(name) for name in group.sources}:
             loader._load_pretrained_model(model, cast(Any, part), None, plan)
         encode(group.modules)
+        for name in group.modules:  # T5's initialisation accesses the weights of its children
+            if parent := name.rpartition(".")[0]:
+                _skip_initialisation(model.get_submodule(parent))
     _forget_missing_ties(model)
     info, _ = loader._load_pretrained_model(model, cast(Any, lazy), None, plan)
     info = loader._finalize_model_loading(model, plan, info)
@@ -469,10 +472,10 @@ def _shared_modules(model: PreTrainedModel, block: MoeBlock) -> dict[str, nn.Mod
 
 
 def _skip_initialisation(parent: nn.Module) -> None:
-    """Prevent transformers from initialising a block with random numbers before loading.
+    """Prevent transformers from initialising a module with random numbers before loading.
 
-    The initialisation of some families accesses the experts' parameters. Blocks with buffers that
-    are not in the checkpoint do need it.
+    The initialisation of some families accesses parameters of experts or of encoded layers, which
+    are gone. Modules with buffers that are not in the checkpoint do need it.
     """
     if not any(module._non_persistent_buffers_set for module in parent.modules()):
         cast(Any, parent)._is_hf_initialized = True
