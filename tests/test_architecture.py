@@ -1,6 +1,7 @@
 """Structure of the package: layers of imports, and imports without side effects."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,13 @@ def test_architecture_page_lists_every_module() -> None:
         listed |= {folder + name for name in names}
     actual = {p.relative_to(ROOT).with_suffix("").as_posix() for p in MODULES.values()}
     assert listed == {one for one in actual if not one.endswith(("__init__", "__main__"))}
+
+
+def test_pages_of_the_site_are_all_there_are() -> None:
+    docs = ROOT.parents[1] / "docs"
+    nav = (ROOT.parents[1] / "mkdocs.yml").read_text().split("\nnav:")[1]
+    listed = re.findall(r"[\w./-]+\.md", nav)
+    assert sorted(listed) == sorted(one.relative_to(docs).as_posix() for one in docs.rglob("*.md"))
 
 
 def test_every_module_has_a_layer() -> None:
