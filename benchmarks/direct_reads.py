@@ -100,7 +100,7 @@ def main() -> None:
     if given.record:
         notes = (
             f"Direct reads of {given.bytes} bytes at {given.reads} random places of a file of "
-            f"{given.file.stat().st_size} bytes on a virtual drive; medians of {given.rounds} "
+            f"{given.file.stat().st_size} bytes; medians of {given.rounds} "
             "rounds. serving: DirectFile on Python's threads; threads and uring: C++."
         )
         print(record.write("direct-reads", results, notes=notes))
