@@ -374,7 +374,8 @@ def save(points: Points, arguments: argparse.Namespace) -> None:
         "google/switch-base-16, whose routers choose as the trained model's do"
     )
     path = record.write("swapmoe-experiment", found, notes=notes, suffix=arguments.what[0])
-    draw(found, path.with_suffix(".png"))
+    if {"quality", "latency"} <= found.keys():
+        draw(found, path.with_suffix(".png"))
     print(path)
 
 
